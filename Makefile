@@ -1,0 +1,53 @@
+# `make` lists the targets. Everything runs from .venv, which `make install` keeps up to date.
+.DEFAULT_GOAL := help
+.PHONY: help install format lint types layers test test-slow cov smoke demo check clean
+
+# A pyenv shim may exist without its interpreter, so the version is asked, not only the name.
+PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python3)
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+install: $(STAMP) ## create .venv and install the package with its tools (again only after changes)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv (a few minutes the first time)"
+	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev]'
+	touch $@
+
+format: install ## format the code and sort imports
+	$(BIN)/ruff check --fix --select I . && $(BIN)/ruff format .
+
+lint: install ## ruff, codespell and the size limit of files
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/codespell && $(BIN)/python scripts/check_file_sizes.py
+
+types: install ## mypy --strict
+	$(BIN)/mypy
+
+layers: install ## import-linter: imports go downward only
+	$(BIN)/lint-imports
+
+test: install ## tests that need no network and no GPU (under two minutes)
+	$(BIN)/pytest
+
+test-slow: install ## the slow tests too
+	$(BIN)/pytest -m 'not gpu and not network'
+
+cov: install ## tests with coverage of cola/
+	$(BIN)/pytest --cov=cola --cov-report=term-missing
+
+smoke: install ## two steps of every adapter and merge mode on the CPU
+	$(BIN)/cola-train -m experiment=smoke adapter=lowrank,linear merge=unmerged,merged,detached
+	$(BIN)/cola-train -m experiment=smoke adapter=mlp merge=unmerged,detached
+
+demo: install ## FT, LoRA and ColA adapters on digits, offline, one table (about a minute)
+	$(BIN)/python scripts/compare.py demo
+
+check: lint types layers test ## what CI runs
+
+clean: ## remove caches and build products (keeps .venv and outputs)
+	rm -rf build dist .coverage htmlcov .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find cola tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Console scripts. Thin: they check the configuration, then import what runs it."""

@@ -1,0 +1,1 @@
+"""Configuration: the schema, its checks, and how a run is composed from `conf/`."""

@@ -1,0 +1,88 @@
+"""What makes two runs the same run: the configuration's hash, and its file in the run's folder."""
+
+import hashlib
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from cola.config.defaults import resolve_defaults
+from cola.config.keys import flatten
+from cola.config.schema import ExperimentConfig
+from cola.errors import ConfigError
+
+CONFIG_FILE = "config.yaml"
+SUMMARY_FILE = "summary.json"
+
+# Settings that change neither what is computed nor on what: a run may be resumed under others.
+_NOT_IDENTITY = (
+    "experiment_name",  # names the folder
+    "resume",
+    "dry_run",
+    "tracking.",
+    "checkpoint.",
+    "trainer.log_every",
+)
+
+
+def is_identity(key: str) -> bool:
+    """Whether a dotted key belongs to what a run computes.
+
+    `device`, `data_dir` and `offload` do: results are equal in bits on one kind of machine only,
+    and paths stand for the data.
+    """
+    return not key.startswith(_NOT_IDENTITY)
+
+
+def _plain(value: Any) -> Any:
+    return value.name if isinstance(value, Enum) else value
+
+
+def config_hash(config: ExperimentConfig) -> str:
+    """Stable sha256 (16 hexadecimal digits) over the identity keys, defaults filled in.
+
+    The same for a configuration given by an experiment file or key by key, before and after
+    `resolve_defaults`.
+    """
+    values = flatten(resolve_defaults(config))
+    identity = {key: _plain(value) for key, value in values.items() if is_identity(key)}
+    text = json.dumps(identity, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def config_yaml(config: ExperimentConfig) -> str:
+    """The whole configuration as YAML text."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def config_values(config: ExperimentConfig) -> dict[str, Any]:
+    """The whole configuration as nested dictionaries of plain values."""
+    values = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    return cast(dict[str, Any], values)
+
+
+def save_config(config: ExperimentConfig, path: Path) -> None:
+    """Writes a configuration so that `load_config` gives an equal one back."""
+    path.write_text(config_yaml(config), encoding="utf-8")
+
+
+def load_config(path: Path) -> ExperimentConfig:
+    """Reads a configuration that `save_config` wrote.
+
+    Raises:
+        ConfigError: the file is missing, broken, or of an incompatible version.
+    """
+    try:
+        stored = OmegaConf.load(path)
+        merged = OmegaConf.merge(OmegaConf.structured(ExperimentConfig), stored)
+        return cast(ExperimentConfig, OmegaConf.to_object(merged))
+    except (OSError, YAMLError, OmegaConfBaseException, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{path}: not a readable configuration ({reason}); a run's folder holds the one it "
+            "was started with, in config.yaml"
+        ) from None

@@ -1,0 +1,169 @@
+"""Checks override strings (`trainer.epochs=3`, `adapter=mlp`) before anything is composed.
+
+Hydra names neither the nearest key nor the choices of a mistyped one; here every message says what
+was given, what is allowed and the nearest match. Part of the command line's edge (uses Hydra's own
+parser, so that quoting and sweeps mean the same as below).
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cola.config.groups import group_choices
+from cola.config.keys import Key, find_key, nearest_words, schema_keys, section_names
+from cola.config.schema import ExperimentConfig
+from cola.errors import ConfigError
+
+_HELP = "--help lists all"
+_PREFIXES = {
+    OverrideType.CHANGE: "",
+    OverrideType.ADD: "+",
+    OverrideType.FORCE_ADD: "++",
+    OverrideType.DEL: "~",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedOverrides:
+    """Overrides that name existing groups, choices and keys.
+
+    Attributes:
+        lines: the strings to hand to Hydra.
+        given: groups and keys that were given explicitly, without those of Hydra itself.
+    """
+
+    lines: list[str]
+    given: frozenset[str]
+
+
+def check_overrides(overrides: Sequence[str], *, is_sweep: bool = False) -> CheckedOverrides:
+    """Checks names, choices and types of overrides.
+
+    Args:
+        overrides: as written on the command line.
+        is_sweep: values may be several (`a,b`, `range(1,4)`); those are checked job by job.
+
+    Raises:
+        ConfigError: the first override that cannot be meant.
+    """
+    groups = group_choices()
+    parsed = [_parse(line) for line in overrides]
+    has_own_groups = any(override.key_or_group == "hydra.searchpath" for override in parsed)
+    lines = []
+    for line, override in zip(overrides, parsed, strict=True):
+        name = override.key_or_group
+        if is_hydra_line(line):
+            lines.append(line)
+            continue
+        if override.is_sweep_override() and not (is_sweep and override.is_discrete_sweep()):
+            raise ConfigError(_sweep_message(line, is_sweep))
+        if name in groups:
+            # With a search path of the user's own, only Hydra knows all choices.
+            choices = None if has_own_groups else groups[name]
+            lines.append(_check_group(line, override, choices))
+        else:
+            lines.append(_check_key(line, override, groups))
+    given = frozenset(
+        override.key_or_group
+        for line, override in zip(overrides, parsed, strict=True)
+        if not is_hydra_line(line)
+    )
+    return CheckedOverrides(lines=lines, given=given)
+
+
+def is_hydra_line(line: str) -> bool:
+    """Whether an override sets Hydra itself (`hydra.run.dir=...`, `hydra/launcher=...`)."""
+    return line.lstrip("+~").startswith(("hydra.", "hydra/"))
+
+
+def _parse(line: str) -> Override:
+    try:
+        return OverridesParser.create().parse_override(line)
+    except HydraException as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{line}: not an override ({reason}); write key=value or group=choice, and quote a "
+            "value that holds , : = { } [ ] or spaces, for example 'data_dir=\"my, data\"'"
+        ) from None
+
+
+def _sweep_message(line: str, is_sweep: bool) -> str:
+    if is_sweep:
+        return f"{line}: an interval has no jobs of its own; list values (a,b) or range(start,stop)"
+    return f"{line}: several values; add -m for a sweep, or quote the value if it is one text"
+
+
+def _check_group(line: str, override: Override, choices: Collection[str] | None) -> str:
+    """Checks a group's choice; returns the override for Hydra."""
+    group = override.key_or_group
+    if override.package is not None:
+        raise ConfigError(f"{line}: a group cannot be moved; write {group}=CHOICE")
+    if override.is_delete():
+        if group != "experiment":
+            raise ConfigError(f"{line}: {group} cannot be left out; write {group}=CHOICE")
+        return line
+    # Every group stands in the defaults list, so `+` (which Hydra would refuse) means the same.
+    line = line.lstrip("+")
+    if override.is_sweep_override() or choices is None:
+        return line
+    choice = override.value()
+    if choice in choices or (choice is None and group == "experiment"):
+        return line
+    near = nearest_words(str(choice), choices)
+    raise ConfigError(
+        f"{line}: no such choice of {group}; {near}allowed: {', '.join(choices) or 'none yet'}"
+    )
+
+
+def _check_key(line: str, override: Override, groups: Mapping[str, Collection[str]]) -> str:
+    """Checks a dotted key and its value; returns the override for Hydra."""
+    name = override.key_or_group
+    key = find_key(name)
+    if key is None:
+        raise ConfigError(_unknown_key(line, override, groups))
+    if override.is_delete():
+        if key.is_open and name != key.path:
+            return line
+        raise ConfigError(f"{line}: a key cannot be deleted; set {name} to {key.allowed}")
+    if not override.is_sweep_override():
+        _check_value(line, override, key)
+    # A free dictionary takes keys that no YAML names; every other key exists already.
+    return ("++" if key.is_open and name != key.path else "") + line.lstrip("+")
+
+
+def _unknown_key(line: str, override: Override, groups: Mapping[str, Collection[str]]) -> str:
+    given = _PREFIXES[override.type] + line.lstrip("+~")
+    name = override.key_or_group
+    section = name.split(".")[0]
+    if name in section_names():
+        return f"{given}: {name} is a section, not a value; set one of {_keys_of(name)}"
+    if "." in name and section in section_names():
+        near = nearest_words(name, schema_keys())
+        return f"{given}: no such key; {near}allowed: {_keys_of(section)}"
+    near = nearest_words(name, [*groups, *section_names(), *schema_keys()])
+    plain = [path for path in schema_keys() if "." not in path]
+    sections = [f"{name}.*" for name in section_names() if name not in groups]
+    return (
+        f"{given}: no such group or key; {near}groups: {', '.join(groups)}; "
+        f"keys: {', '.join([*plain, *sections])} ({_HELP})"
+    )
+
+
+def _keys_of(section: str) -> str:
+    names = (path.removeprefix(f"{section}.") for path in schema_keys() if f"{section}." in path)
+    return f"{section}.{{{','.join(names)}}}"
+
+
+def _check_value(line: str, override: Override, key: Key) -> None:
+    probe = OmegaConf.structured(ExperimentConfig)
+    value = override.value()
+    try:
+        OmegaConf.update(probe, override.key_or_group, value)
+    except OmegaConfBaseException:
+        near = nearest_words(str(value), key.choices) if key.choices else ""
+        raise ConfigError(f"{line}: wrong value; {near}allowed: {key.allowed}") from None

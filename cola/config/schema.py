@@ -1,0 +1,307 @@
+"""Every setting of a run as typed dataclasses; the YAML files in `conf/` hold the values.
+
+No Hydra here: workers and library users may import this module. `ExperimentConfig` is the root.
+Enum member *names* are what a user writes, hence lower case.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+
+class AdapterKind(Enum):
+    """Structure of an adapter g_w (method: section 4)."""
+
+    lowrank = "lowrank"
+    linear = "linear"
+    mlp = "mlp"
+
+
+class MergeMode(Enum):
+    """Where the adapter acts during training."""
+
+    unmerged = "unmerged"
+    merged = "merged"
+    detached = "detached"
+
+
+class Pristine(Enum):
+    """Which memory keeps the unmerged weights of merged sites."""
+
+    host = "host"
+    base = "base"
+
+
+class Rounding(Enum):
+    """How a merged weight is rounded to the base model's dtype."""
+
+    nearest = "nearest"
+    stochastic = "stochastic"
+
+
+class MethodName(Enum):
+    """Training method: gradient learning, or a baseline by plain back-propagation."""
+
+    cola = "cola"
+    ft = "ft"
+    lora = "lora"
+
+
+class OffloadTarget(Enum):
+    """Where adapters are fitted."""
+
+    none = "none"
+    cpu = "cpu"
+
+
+class UsersMode(Enum):
+    """Who owns adapters and data."""
+
+    one = "one"
+
+
+class TrackingName(Enum):
+    """Where metrics go besides `metrics.jsonl`, which is always written."""
+
+    wandb = "wandb"
+    files = "files"
+
+
+class OptimizerName(Enum):
+    """Optimizer of every trainable parameter."""
+
+    sgd = "sgd"
+    adamw = "adamw"
+
+
+# `global` is a Python keyword, so this enum is written in the functional form.
+ClipMode = Enum("ClipMode", {"none": "none", "adapter": "adapter", "global": "global"})
+
+
+class ScheduleName(Enum):
+    """Shape of the learning rate over adaptations."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class Reduction(Enum):
+    """How the batches of one interval combine: one larger batch, or a plain sum."""
+
+    mean = "mean"
+    sum = "sum"
+
+
+class DType(Enum):
+    """Floating-point type of the base model."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float64 = "float64"
+
+
+class ModelSource(Enum):
+    """Where the base model's parameters come from."""
+
+    pretrained = "pretrained"  # a Hugging Face id or folder, in `path`
+    random = "random"  # a Hugging Face architecture with seeded random weights
+    image = "image"  # this package's small image models, seeded random weights
+
+
+class Family(Enum):
+    """What a text model is built for; decides how a free-form task is posed."""
+
+    encoder = "encoder"
+    decoder = "decoder"
+
+
+class Objective(Enum):
+    """What the task loss scores."""
+
+    classification = "classification"
+    regression = "regression"
+    causal = "causal"
+    image = "image"  # classification of images
+
+
+class Padding(Enum):
+    """Length of a padded text batch."""
+
+    dynamic = "dynamic"  # to the longest row of the batch
+    max_length = "max_length"  # to task.max_length, as the paper does
+
+
+class EvaluationMerge(Enum):
+    """Whether evaluation folds adapters into the base model."""
+
+    auto = "auto"  # as training did
+    merged = "merged"
+    unmerged = "unmerged"
+
+
+class SelectOn(Enum):
+    """Split that chooses the best evaluation of a run."""
+
+    validation = "validation"
+    test = "test"  # the paper's protocol
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The frozen base model."""
+
+    name: str = MISSING
+    source: ModelSource = MISSING
+    family: Family | None = None  # None: follow the task
+    path: str | None = None  # hub id or local folder
+    sites: list[str] | None = None  # last parts or patterns of module names; None: by model type
+    dtype: DType = DType.float32
+    gradient_checkpointing: bool = False
+    architecture: dict[str, Any] = field(default_factory=dict)  # full configuration for dry runs
+
+
+@dataclass(kw_only=True)
+class TaskConfig:
+    """The data set, how it is encoded, and what is scored."""
+
+    name: str = MISSING
+    folder: str | None = None  # folder of the set below data_dir
+    hub: str | None = None  # data set id on the Hugging Face hub
+    subset: str | None = None
+    objective: Objective | None = None  # None: posed by the model's family
+    num_labels: int = MISSING
+    image_shape: list[int] | None = None  # channels, height, width
+    max_length: int = 128  # tokens
+    padding: Padding = Padding.dynamic
+    max_train_rows: int | None = None
+
+
+@dataclass(kw_only=True)
+class AdapterConfig:
+    """The adapter of every site but new heads, which always get a linear one with bias."""
+
+    kind: AdapterKind = MISSING
+    rank: int = 8
+    hidden: list[int] = field(default_factory=lambda: [128, 256])  # widths of the MLP
+    alpha: float = 1.0  # scale of the adapter's output, not divided by the rank
+
+
+@dataclass(kw_only=True)
+class MergeConfig:
+    """Whether linear adapters are folded into the base model while training."""
+
+    mode: MergeMode = MISSING
+    pristine: Pristine = Pristine.host
+    rounding: Rounding = Rounding.nearest
+
+
+@dataclass(kw_only=True)
+class MethodConfig:
+    """How parameters are trained."""
+
+    name: MethodName = MISSING
+
+
+@dataclass(kw_only=True)
+class UsersConfig:
+    """Who owns adapters and data."""
+
+    name: UsersMode = MISSING
+
+
+@dataclass(kw_only=True)
+class OffloadConfig:
+    """Where adapters are fitted and their optimizer states live."""
+
+    name: OffloadTarget = MISSING
+    workers: int | None = None  # threads; None: by the machine's cores
+
+
+@dataclass(kw_only=True)
+class TrackingConfig:
+    """Where metrics go besides the run's own files."""
+
+    name: TrackingName = MISSING
+    project: str = "cola"
+    entity: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """One optimizer for every method; `lr` and `clip` default by `config/defaults.py`."""
+
+    name: OptimizerName = OptimizerName.adamw
+    lr: float | None = None
+    weight_decay: float = 5e-4
+    momentum: float = 0.9  # SGD only
+    nesterov: bool = True  # SGD only
+    clip: ClipMode | None = None
+    clip_norm: float = 1.0
+
+
+@dataclass(kw_only=True)
+class ScheduleConfig:
+    """Learning rate over adaptations (not batches)."""
+
+    name: ScheduleName = ScheduleName.linear
+    warmup_ratio: float = 0.05
+
+
+@dataclass(kw_only=True)
+class TrainerConfig:
+    """The loop. A step is one batch."""
+
+    epochs: int = 40
+    max_steps: int | None = None  # wins over epochs
+    batch_size: int = 32
+    interval: int = 1  # batches per adaptation (I)
+    interval_reduction: Reduction = Reduction.mean
+    log_every: int = 10  # steps
+    eval_every: int | None = None  # steps; None: every epoch
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """How and on what the model is scored."""
+
+    merge: EvaluationMerge = EvaluationMerge.auto
+    select_on: SelectOn = SelectOn.validation
+    batch_size: int = 128
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """State saved while running."""
+
+    every: int | None = None  # steps; None: at every evaluation
+    keep: int = 2  # newest checkpoints kept
+
+
+@dataclass(kw_only=True)
+class ExperimentConfig:
+    """Everything that decides a run's numbers, and where it writes."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    merge: MergeConfig = field(default_factory=MergeConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    users: UsersConfig = field(default_factory=UsersConfig)
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    seed: int = 0
+    split_seed: int = 0  # splits are seeded apart, so that seeds share a split
+    device: str = "auto"  # the base model's: auto, cpu or cuda:i
+    data_dir: str | None = None  # local data instead of the hub
+    experiment_name: str | None = None  # set by conf/experiment; names the output folder
+    dry_run: bool = False
+    resume: str | None = None  # a run folder, or auto

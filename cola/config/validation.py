@@ -1,0 +1,245 @@
+"""Checks a composed configuration: ranges of single values, and combinations that cannot run.
+
+Types, names and choices were checked before (`overrides.py`, OmegaConf). What needs a model (rank
+against layer size, sites) is checked with the models. No Hydra and no torch: a configuration error
+must answer at once.
+"""
+
+import math
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cola.config.keys import choice_key, flatten, nearest_words, word
+from cola.config.schema import (
+    AdapterKind,
+    ClipMode,
+    DType,
+    EvaluationMerge,
+    ExperimentConfig,
+    MergeMode,
+    MethodName,
+    ModelSource,
+    Objective,
+    OffloadTarget,
+    OptimizerName,
+    Pristine,
+    Rounding,
+)
+from cola.errors import ConfigError
+
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+
+# Named here too, although the tasks know them, so that a typo is found before torch is imported.
+SUBSETS = {"glue": ("cola", "mnli", "sst2", "mrpc", "qnli", "qqp", "rte", "stsb")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Range:
+    """Values a key may take, as a test and in words."""
+
+    contains: Callable[[Any], bool]
+    words: str
+
+
+_COUNT = _Range(contains=lambda value: value >= 1, words="a whole number >= 1")
+_OPTIONAL_COUNT = _Range(
+    contains=lambda value: value is None or value >= 1, words="a whole number >= 1, or null"
+)
+_SEED = _Range(contains=lambda value: 0 <= value < 2**32, words="a whole number from 0 to 2**32-1")
+# NaN fails every comparison, so these ranges exclude it.
+_POSITIVE = _Range(contains=lambda value: 0 < value < math.inf, words="a number > 0")
+_FRACTION = _Range(contains=lambda value: 0 <= value < 1, words="a number from 0 to below 1")
+
+_RANGES: dict[str, _Range] = {
+    "task.max_length": _COUNT,
+    "task.max_train_rows": _OPTIONAL_COUNT,
+    "task.num_labels": _Range(  # 0: the task's code knows
+        contains=lambda value: value >= 0, words="a whole number >= 0"
+    ),
+    "task.image_shape": _Range(
+        contains=lambda shape: shape is None or (len(shape) == 3 and min(shape) >= 1),
+        words="[channels, height, width], each >= 1, or null",
+    ),
+    "adapter.rank": _COUNT,
+    "adapter.hidden": _Range(
+        contains=lambda widths: len(widths) > 0 and min(widths) >= 1,
+        words="at least one width, each >= 1",
+    ),
+    "adapter.alpha": _POSITIVE,
+    "offload.workers": _OPTIONAL_COUNT,
+    "optimizer.lr": _Range(
+        contains=lambda value: value is None or 0 < value < math.inf,
+        words="a number > 0, or null for the default of the method and task",
+    ),
+    "optimizer.weight_decay": _Range(
+        contains=lambda value: 0 <= value < math.inf, words="a number >= 0"
+    ),
+    "optimizer.momentum": _FRACTION,
+    "optimizer.clip_norm": _POSITIVE,
+    "schedule.warmup_ratio": _FRACTION,
+    "trainer.epochs": _COUNT,
+    "trainer.max_steps": _OPTIONAL_COUNT,
+    "trainer.batch_size": _COUNT,
+    "trainer.interval": _COUNT,
+    "trainer.log_every": _COUNT,
+    "trainer.eval_every": _OPTIONAL_COUNT,
+    "evaluation.batch_size": _COUNT,
+    "checkpoint.every": _OPTIONAL_COUNT,
+    "checkpoint.keep": _COUNT,
+    "seed": _SEED,
+    "split_seed": _SEED,
+    "device": _Range(contains=_DEVICE.fullmatch, words="auto, cpu, cuda or cuda:INDEX"),  # type: ignore[arg-type]
+}
+
+
+def validate(config: ExperimentConfig, given: Collection[str] = ()) -> None:
+    """Raises on the first setting that cannot run.
+
+    Args:
+        config: fully composed, of the right types.
+        given: groups and keys set explicitly on the command line; a value that cannot apply to the
+            method is an error only if someone asked for it.
+
+    Raises:
+        ConfigError: what was given, what is allowed, what to change.
+    """
+    values = flatten(config)
+    for key, allowed in _RANGES.items():
+        if not allowed.contains(values[key]):
+            raise ConfigError(f"{key}={word(values[key])}: wrong value; allowed: {allowed.words}")
+    _check_subset(config)
+    _check_model_and_task(config)
+    _check_method(config, given)
+    _check_merge(config)
+    _check_optimizer(config)
+    _check_data_dir(config)
+
+
+def _check_subset(config: ExperimentConfig) -> None:
+    task = config.task
+    allowed = SUBSETS.get(task.name, ())
+    if not allowed and task.subset is not None:
+        raise ConfigError(f"task.subset={task.subset}: {task.name} has no subsets; leave it out")
+    if allowed and task.subset not in allowed:
+        near = nearest_words(str(task.subset), allowed)
+        raise ConfigError(
+            f"task.subset={task.subset}: no such subset of {task.name}; {near}"
+            f"allowed: {', '.join(allowed)}"
+        )
+
+
+def _check_model_and_task(config: ExperimentConfig) -> None:
+    model, task = config.model, config.task
+    if model.source is ModelSource.pretrained and not model.path:
+        raise ConfigError(
+            f"model={model.name}: model.path is not set; give the id of a model on the Hugging "
+            "Face hub or a local folder, for example model.path=../models/minilm"
+        )
+    # Posed by the model's family where the task leaves it open, but images have a shape.
+    is_image_task = task.objective is Objective.image or task.image_shape is not None
+    is_image_model = model.source is ModelSource.image
+    if is_image_task and not is_image_model:
+        raise ConfigError(
+            f"task={task.name} with model={model.name}: images need an image model; "
+            "choose model=linear, mlp or cnn, or a text task such as task=glue"
+        )
+    if is_image_model and not is_image_task:
+        raise ConfigError(
+            f"task={task.name} with model={model.name}: text needs a text model; choose "
+            "model=tiny-roberta, roberta-base or hf, or an image task such as task=digits"
+        )
+
+
+def _check_method(config: ExperimentConfig, given: Collection[str]) -> None:
+    """Refuses explicit values of groups that a baseline does not have."""
+    method = config.method.name
+    if method is MethodName.cola:
+        return
+    allowed, values = _neutral_settings(config), flatten(config)
+    takes = "adapter.rank and adapter.alpha alone" if method is MethodName.lora else "none of them"
+    for name in sorted(given):
+        if name.split(".")[0] in ("adapter", "merge", "users", "offload") and name not in allowed:
+            value = word(values.get(name, values.get(choice_key(name))))
+            raise ConfigError(
+                f"{name}={value} does not apply to method={method.name}, which takes {takes} of "
+                "the groups adapter, merge, users and offload; leave it out or use method=cola"
+            )
+    if config.evaluation.merge is not EvaluationMerge.auto:
+        raise ConfigError(
+            f"evaluation.merge={config.evaluation.merge.name} with method={method.name}: only "
+            "adapters of method=cola can be merged for evaluation; leave it out"
+        )
+    if config.optimizer.clip is ClipMode["adapter"]:
+        raise ConfigError(
+            f"optimizer.clip=adapter with method={method.name}: only method=cola clips each "
+            "adapter by itself; use optimizer.clip=global or none"
+        )
+
+
+def _neutral_settings(config: ExperimentConfig) -> set[str]:
+    """Explicit settings that a baseline may carry, because they say what it does anyway."""
+    neutral = {"users", "users.name"}
+    if config.method.name is MethodName.lora:
+        neutral |= {"adapter.rank", "adapter.alpha"}
+        if config.adapter.kind is AdapterKind.lowrank:
+            neutral |= {"adapter", "adapter.kind"}
+    if config.merge.mode is MergeMode.unmerged:
+        neutral |= {"merge", "merge.mode"}
+    if config.offload.name is OffloadTarget.none:
+        neutral |= {"offload", "offload.name"}
+    return neutral
+
+
+def _check_merge(config: ExperimentConfig) -> None:
+    merge, is_cola = config.merge, config.method.name is MethodName.cola
+    is_mlp = config.adapter.kind is AdapterKind.mlp
+    if is_cola and is_mlp and merge.mode is MergeMode.merged:
+        raise ConfigError(
+            "merge=merged with adapter=mlp: only an adapter that is linear in its input can be "
+            "merged (Proposition 2); use adapter=lowrank or linear, or merge=unmerged"
+        )
+    if is_cola and is_mlp and config.evaluation.merge is EvaluationMerge.merged:
+        raise ConfigError(
+            "evaluation.merge=merged with adapter=mlp: only an adapter that is linear in its input "
+            "can be merged (Proposition 2); use adapter=lowrank or linear, or "
+            "evaluation.merge=unmerged"
+        )
+    if merge.rounding is Rounding.stochastic and config.model.dtype is not DType.bfloat16:
+        raise ConfigError(
+            f"merge.rounding=stochastic with model.dtype={config.model.dtype.name}: only merged "
+            "bfloat16 weights are rounded; use model.dtype=bfloat16 or leave it out"
+        )
+    if merge.mode is MergeMode.merged:
+        return
+    for key, value, default in (
+        ("pristine", merge.pristine, Pristine.host),
+        ("rounding", merge.rounding, Rounding.nearest),
+    ):
+        if value is not default:
+            raise ConfigError(
+                f"merge.{key}={value.name} would have no effect with merge={merge.mode.name}; "
+                "use merge=merged or leave it out"
+            )
+
+
+def _check_optimizer(config: ExperimentConfig) -> None:
+    optimizer = config.optimizer
+    is_sgd = optimizer.name is OptimizerName.sgd
+    if is_sgd and optimizer.nesterov and optimizer.momentum == 0:
+        raise ConfigError(
+            "optimizer.momentum=0 with optimizer.nesterov=true: Nesterov needs a momentum; set "
+            "optimizer.nesterov=false or optimizer.momentum=0.9"
+        )
+
+
+def _check_data_dir(config: ExperimentConfig) -> None:
+    """Here, not only where rows are read: it answers before anything heavy is imported."""
+    if config.data_dir is None or config.dry_run or Path(config.data_dir).is_dir():
+        return
+    raise ConfigError(
+        f"data_dir={config.data_dir}: there is no such folder; give one that holds "
+        f"{config.task.folder or config.task.name}, or leave it out to read the hub"
+    )

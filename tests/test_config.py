@@ -1,0 +1,219 @@
+"""Composition of configurations, and overrides that cannot be meant."""
+
+from pathlib import Path
+
+import pytest
+
+from cola.config.groups import conf_dir, describe_choice, group_choices
+from cola.config.keys import flatten, nearest, schema_keys
+from cola.config.schema import AdapterKind, ClipMode, MergeMode, TrackingName
+from cola.config.store import compose_config, compose_run
+from cola.errors import ConfigError
+from tests.configs import composed
+
+KEYS = [
+    "model.name",
+    "model.source",
+    "model.family",
+    "model.path",
+    "model.sites",
+    "model.dtype",
+    "model.gradient_checkpointing",
+    "model.architecture",
+    "task.name",
+    "task.folder",
+    "task.hub",
+    "task.subset",
+    "task.objective",
+    "task.num_labels",
+    "task.image_shape",
+    "task.max_length",
+    "task.padding",
+    "task.max_train_rows",
+    "adapter.kind",
+    "adapter.rank",
+    "adapter.hidden",
+    "adapter.alpha",
+    "merge.mode",
+    "merge.pristine",
+    "merge.rounding",
+    "method.name",
+    "users.name",
+    "offload.name",
+    "offload.workers",
+    "tracking.name",
+    "tracking.project",
+    "tracking.entity",
+    "tracking.tags",
+    "optimizer.name",
+    "optimizer.lr",
+    "optimizer.weight_decay",
+    "optimizer.momentum",
+    "optimizer.nesterov",
+    "optimizer.clip",
+    "optimizer.clip_norm",
+    "schedule.name",
+    "schedule.warmup_ratio",
+    "trainer.epochs",
+    "trainer.max_steps",
+    "trainer.batch_size",
+    "trainer.interval",
+    "trainer.interval_reduction",
+    "trainer.log_every",
+    "trainer.eval_every",
+    "evaluation.merge",
+    "evaluation.select_on",
+    "evaluation.batch_size",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "seed",
+    "split_seed",
+    "device",
+    "data_dir",
+    "experiment_name",
+    "dry_run",
+    "resume",
+]
+
+# What a choice needs besides itself.
+COMPANIONS = {
+    ("model", "hf"): ["task=glue", "model.path=somewhere"],
+    ("model", "roberta-base"): ["task=glue"],
+    ("model", "tiny-roberta"): ["task=synthetic"],
+    ("model", "tiny-gpt2"): ["task=synthetic"],
+}
+
+
+def every_choice() -> list[tuple[str, str]]:
+    return [(group, choice) for group, choices in group_choices().items() for choice in choices]
+
+
+def test_schema_keys_are_pinned():
+    # Scripts of other people depend on these names: a change belongs into the changelog.
+    assert list(schema_keys()) == KEYS
+
+
+@pytest.mark.parametrize(("group", "choice"), every_choice())
+def test_every_choice_composes_and_says_what_it_is(group, choice):
+    compose_config([*COMPANIONS.get((group, choice), []), f"{group}={choice}"])
+    assert len(describe_choice(group, choice)) > 10
+
+
+def test_task_chooses_its_model_and_the_command_line_wins():
+    assert compose_config(["task=glue"]).model.name == "roberta-base"
+    assert compose_config(["model=tiny-roberta", "task=glue"]).model.name == "tiny-roberta"
+
+
+def test_experiment_overrides_task_and_yields_to_the_command_line():
+    config = composed("experiment=smoke").config
+    assert (config.trainer.max_steps, config.tracking.name) == (2, TrackingName.files)
+    config = compose_config(["experiment=smoke", "trainer.max_steps=5", "tracking=wandb"])
+    assert (config.trainer.max_steps, config.tracking.name) == (5, TrackingName.wandb)
+
+
+def test_composition_works_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert compose_config([]).task.name == "digits"
+    assert (conf_dir() / "config.yaml").is_file()
+
+
+def test_packaged_conf_wins_over_a_neighbour(tmp_path, monkeypatch):
+    package = tmp_path / "site-packages" / "cola"
+    for folder in (package / "conf", package.parent / "conf"):
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").touch()
+    monkeypatch.setattr("cola.__file__", str(package / "__init__.py"))
+    assert conf_dir() == package / "conf"
+
+
+def test_missing_conf_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("cola.__file__", str(tmp_path / "cola" / "__init__.py"))
+    with pytest.raises(ConfigError, match=r"conf/config\.yaml not found .* reinstall"):
+        conf_dir()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("tsk=glue", r"^tsk=glue: no such group or key; nearest: task; groups: adapter, "),
+        ("trainer.epoch=3", r"^trainer.epoch=3: no such key; nearest: trainer.epochs; allowed: "),
+        ("trainr.epochs=3", r"nearest: trainer.epochs"),
+        ("lr=1e-3", r"nearest: optimizer.lr"),
+        ("+nothing.at.all=1", r"^\+nothing.at.all=1: no such group or key; groups"),
+        ("adapter=lowrnk", r"no such choice of adapter; nearest: lowrank; allowed: linear, lowr"),
+        ("adapter=null", r"adapter=null: no such choice of adapter"),
+        ("optimizer=sgd", r"optimizer is a section, .* set one of optimizer.{name,lr,"),
+        ("optimizer.name=sdg", r"wrong value; nearest: sgd; allowed: one of sgd, adamw"),
+        ("trainer.epochs=many", r"trainer.epochs=many: wrong value; allowed: a whole number"),
+        ("dry_run=maybe", r"wrong value; allowed: true or false"),
+        ("model.sites=query", r"wrong value; allowed: a list, each text or null"),
+        ("adapter.hidden=[a]", r"wrong value; allowed: a list, each a whole number"),
+        ("task", r"^task: not an override \(.*\); write key=value"),
+        ("adapter=mlp,linear", r"several values; add -m"),
+        ("seed=range(1,4)", r"several values; add -m"),
+        ("~adapter", r"adapter cannot be left out"),
+        ("~trainer.epochs", r"a key cannot be deleted; set trainer.epochs to a whole number"),
+        ("adapter@model=mlp", r"a group cannot be moved"),
+        ("trainer.epochs=${nowhere}", r"'nowhere' not found; allowed: trainer.epochs is a whole"),
+        ("task.num_labels=???", r"task.num_labels: no value given; set it to a whole number"),
+        ("hydra.run.folder=x", r"Could not override 'hydra.run.folder'"),
+        ("hydra/launcher=nowhere", r"Could not find 'hydra/launcher/nowhere'; allowed: basic"),
+    ],
+)
+def test_override_that_cannot_be_meant(override, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        compose_config([override])
+    assert "\n" not in str(caught.value)
+
+
+def test_prefixes_mean_the_same_where_the_key_exists():
+    assert compose_config(["+trainer.epochs=3"]).trainer.epochs == 3
+    assert compose_config(["++trainer.epochs=3"]).trainer.epochs == 3
+    assert compose_config(["+adapter=mlp"]).adapter.kind is AdapterKind.mlp
+    assert compose_config(["~experiment"]).experiment_name is None
+
+
+def test_free_dictionary_takes_any_key():
+    config = compose_config(["model.architecture.extra.depth=3", "~model.architecture.hidden"])
+    assert config.model.architecture["extra"] == {"depth": 3}
+    assert "hidden" not in config.model.architecture
+
+
+def test_own_search_path_brings_its_own_choices(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "wide.yaml").write_text("kind: lowrank\nrank: 64\n")
+    search = f"hydra.searchpath=[file://{tmp_path}]"
+    assert compose_config([search, "adapter=wide"]).adapter.rank == 64
+    with pytest.raises(ConfigError, match=r"Could not find 'adapter/wid'"):
+        compose_config([search, "adapter=wid"])
+
+
+def test_broken_yaml_of_ones_own_is_an_error_of_one_line(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "wide.yaml").write_text("kind: lowrank\nrnk: 64\n")
+    with pytest.raises(ConfigError, match=r"adapter/wide.*'rnk' not in 'AdapterConfig'"):
+        compose_config([f"hydra.searchpath=[file://{tmp_path}]", "adapter=wide"])
+
+
+def test_nearest_gives_up_on_nonsense():
+    assert nearest("qqqqqq", schema_keys()) is None
+
+
+def test_run_folder_is_named_by_task_and_run():
+    run = compose_run(["task=glue", "task.subset=mrpc", "seed=3"])
+    assert run.run_dir.parent == Path("outputs/glue")
+    assert run.run_dir.name.split("-", 2)[2].startswith("mrpc-cola-lowrank-s3-")
+    assert compose_run(["method=ft"]).run_dir.name.split("-", 2)[2].startswith("digits-ft-s0-")
+    assert composed("experiment=smoke").run_dir.parent == Path("outputs/smoke")
+    assert compose_run(["hydra.run.dir=here/x"]).run_dir == Path("here/x")
+
+
+def test_run_folders_are_unique():
+    assert len({compose_run([]).run_dir for _ in range(2)}) == 2
+
+
+def test_flatten_follows_the_schema():
+    values = flatten(compose_config(["optimizer.clip=none", "merge=merged"]))
+    assert list(values) == KEYS
+    assert values["merge.mode"] is MergeMode.merged
+    assert values["optimizer.clip"] is ClipMode["none"]
