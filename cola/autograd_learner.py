@@ -1,0 +1,142 @@
+"""Plain back-propagation: full fine-tuning and LoRA, and the oracle of the equivalence tests.
+
+Same loop, loss, optimizer and interval as gradient learning; only who computes the gradients
+differs.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+from cola.adaptation_data import IntervalWeights
+from cola.adapters import Adapter
+from cola.config.schema import ClipMode, Objective, OptimizerConfig, Reduction
+from cola.interfaces import Adaptation, Batch, Measurements
+from cola.meters import BusyTimer, add_held, count_bytes
+from cola.objectives import task_loss
+from cola.optimizers import build_optimizer, optimizer_step
+from cola.sites import SiteName
+
+
+class AutogradLearner:
+    """Trains the given parameters of a model by its own backward pass."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        trainable: Mapping[str, nn.Parameter],
+        *,
+        objective: Objective,
+        optimizer: OptimizerConfig,
+        reduction: Reduction,
+        set_training_mode: Callable[[nn.Module], object],
+        adapters: Callable[[], Mapping[SiteName, Adapter]] = dict,
+    ) -> None:
+        """Freezes everything that is not trainable.
+
+        Args:
+            model: called with a batch's inputs; returns an object with `logits`.
+            trainable: parameters by name.
+            objective: what the loss scores.
+            optimizer: its clipping is over all parameters together.
+            reduction: how the batches of an interval combine.
+            set_training_mode: puts the model into training mode.
+            adapters: the trained adapters by site, for methods that have them.
+        """
+        self._model = model
+        self._trainable = dict(trainable)
+        self._objective = objective
+        self._optimizer = build_optimizer(self._trainable.values(), optimizer)
+        self._clip_norm = optimizer.clip_norm if optimizer.clip is ClipMode["global"] else None
+        self._weights = IntervalWeights(reduction)
+        self._set_training_mode = set_training_mode
+        self._adapters = adapters
+        model.requires_grad_(False)
+        for parameter in self._trainable.values():
+            parameter.requires_grad_(True)
+        self._device = next(model.parameters()).device
+        self._timer = BusyTimer(self._device)
+        set_training_mode(model)
+
+    @property
+    def num_trainable(self) -> int:
+        """Trainable parameters."""
+        return sum(parameter.numel() for parameter in self._trainable.values())
+
+    def record(self, batch: Batch, closing: Adaptation | None) -> Tensor:
+        """Forward and backward pass; gradients accumulate inside an interval."""
+        weight = self._weights.add(batch.num_terms)
+        with self._timer.measure():
+            loss = task_loss(self._objective, self._model(**batch.inputs).logits, batch)
+            (loss * weight).backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def update(self, adaptation: Adaptation) -> None:
+        """One optimizer step."""
+        scale = self._weights.scale()
+        with self._timer.measure():
+            for parameter in self._trainable.values():
+                if parameter.grad is not None and scale != 1.0:
+                    parameter.grad.mul_(scale)
+            if self._clip_norm is not None:
+                clip_grad_norm_(self._trainable.values(), self._clip_norm)
+            optimizer_step(self._optimizer, adaptation.learning_rate)
+            self._optimizer.zero_grad(set_to_none=True)
+        self._weights.reset()
+
+    @contextmanager
+    def evaluating(self) -> Iterator[nn.Module]:
+        """The model in evaluation mode."""
+        self._model.eval()
+        try:
+            yield self._model
+        finally:
+            self._set_training_mode(self._model)
+
+    def export(self) -> Mapping[SiteName, Adapter]:
+        """The trained adapters."""
+        return self._adapters()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Trained parameters, buffers, optimizer, and gradients of an interval in progress."""
+        parameters = self._trainable.items()
+        return {
+            "parameters": {name: parameter.detach() for name, parameter in parameters},
+            "buffers": dict(self._model.named_buffers()),
+            "gradients": {name: p.grad for name, p in parameters if p.grad is not None},
+            "optimizer": self._optimizer.state_dict()["state"],
+            "interval": self._weights.state_dict(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from `state_dict`."""
+        for name, parameter in self._trainable.items():
+            parameter.copy_(state["parameters"][name])
+            gradient = state["gradients"].get(name)
+            parameter.grad = None if gradient is None else gradient.to(parameter)
+        for name, buffer in self._model.named_buffers():
+            buffer.copy_(state["buffers"][name])
+        groups = self._optimizer.state_dict()["param_groups"]
+        moments = {int(index): value for index, value in state["optimizer"].items()}
+        self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self._weights.load_state_dict(state["interval"])
+
+    def measure(self) -> Measurements:
+        """Costs so far: everything happens on the base device."""
+        gradients = [p.grad for p in self._trainable.values() if p.grad is not None]
+        state = [v for s in self._optimizer.state.values() for v in s.values()]
+        base = [*self._model.parameters(), *self._model.buffers()]
+        held: dict[str, dict[str, int]] = {}
+        add_held(held, self._device, "base_model", count_bytes(base))
+        add_held(held, self._device, "gradients", count_bytes(gradients))
+        moments = [value for value in state if isinstance(value, Tensor)]
+        add_held(held, self._device, "optimizer", count_bytes(moments))
+        return Measurements(base_seconds=self._timer.read(), held_bytes=held)
+
+    def close(self) -> None:
+        """Nothing to release."""

@@ -1,0 +1,202 @@
+"""What the parts of a run hand to one another, and the protocols they meet through.
+
+Modules of one layer never import each other: a learner knows `AdaptationSink`, not the fleet that
+implements it; the trainer knows `Learner`, not which one.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cola.adaptation_data import AdaptationData
+from cola.adapters import Adapter
+from cola.config.schema import Objective
+from cola.sites import SiteName
+
+Example = Mapping[str, Any]
+"""One encoded row: model inputs and its label, still unpadded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What a base model has to be built for; known before any data is read.
+
+    Attributes:
+        objective: what the loss scores.
+        num_labels: classes; 1 for regression; unused for causal models.
+        image_shape: (channels, height, width) for images, else None.
+        max_length: tokens of the longest text row.
+    """
+
+    objective: Objective
+    num_labels: int
+    image_shape: tuple[int, int, int] | None
+    max_length: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One batch, padded, on one device.
+
+    Attributes:
+        inputs: keyword arguments of the base model's forward, leading axis B.
+        labels: (B,) classes or values; (B, T) token ids with -100 where nothing is scored.
+        num_terms: scored terms of the loss (rows, or label tokens), the batch's weight in an
+            interval.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    num_terms: int
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on another device."""
+        return Batch(
+            inputs={
+                name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()
+            },
+            labels=self.labels.to(device, non_blocking=True),
+            num_terms=self.num_terms,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Encoded rows and where they came from (`train`, `5 % of train`, `validation` ...)."""
+
+    name: str
+    rows: Sequence[Example]
+
+
+class Score(Protocol):
+    """Metric of a task: the first key of the answer is the one a run is judged by."""
+
+    def __call__(self, *, predictions: Tensor, references: Tensor) -> dict[str, float]:
+        """Both (N,), on the CPU; higher is better for the first key."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskData:
+    """A task ready to train on.
+
+    Attributes:
+        name: `glue/mrpc`, `digits`, ...
+        train, selection, report: rows to learn from, to choose the best evaluation by, and to
+            report on. `extra_report` holds further reported splits (MNLI mismatched).
+        collate: pads rows into a batch.
+        score: the task's metric.
+    """
+
+    name: str
+    problem: Problem
+    train: Split
+    selection: Split
+    report: Split
+    extra_report: Sequence[Split] = ()
+    collate: Callable[[Sequence[Example]], Batch]
+    score: Score
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adaptation:
+    """One round of fitting: Algorithm 1, line 12, reached.
+
+    Attributes:
+        number: 1 for the first adaptation of the run; also the version of its parameters.
+        learning_rate: gamma_t.
+    """
+
+    number: int
+    learning_rate: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurements:
+    """Costs of a learner since it was built, and what it holds now.
+
+    Attributes:
+        base_seconds: busy time of the base device in forward and backward.
+        stall_seconds: time the base device's host waited for parameters.
+        offload_seconds: busy time of fits, summed over workers.
+        wire_bytes: adaptation data out and parameters back, across the offload boundary.
+        held_bytes: bytes by device and owner, for example {"cpu": {"adapters": 4096}}.
+    """
+
+    base_seconds: float = 0.0
+    stall_seconds: float = 0.0
+    offload_seconds: float = 0.0
+    wire_bytes: int = 0
+    held_bytes: dict[str, dict[str, int]] = field(default_factory=dict)
+    extra: dict[str, float] = field(default_factory=dict)
+
+
+class AdaptationSink(Protocol):
+    """Takes adaptation data off the base device. Algorithm 1, lines 9 to 11."""
+
+    def put(self, site: SiteName, data: AdaptationData) -> None:
+        """Hands over one gradient-carrying call of a site; must not synchronise the base device."""
+
+    def close(self, site: SiteName) -> None:
+        """Every gradient-carrying call of the site has returned: its fit may start."""
+
+
+class ParameterSource(Protocol):
+    """Gives adapters back. Algorithm 1, line 15."""
+
+    def wait(self, site: SiteName, version: int) -> Mapping[str, Tensor]:
+        """What the placement published for the site after that adaptation; blocks until then."""
+
+
+class Placement(Protocol):
+    """Where adapters act: beside the sites of the base model, or inside their weights."""
+
+    def publish(self, adapter: Adapter) -> Mapping[str, Tensor]:
+        """What the base device needs of a fitted adapter; runs where the adapter is fitted."""
+
+    def install(self, site: SiteName, published: Mapping[str, Tensor]) -> None:
+        """Puts what was published into effect; runs on the base device."""
+
+    def adapt(self, site: SiteName, hidden_input: Tensor, hidden: Tensor) -> Tensor:
+        """The adapted hidden representation, shape of `hidden`."""
+
+    def remove(self) -> None:
+        """Leaves the base model exactly, bit for bit, as it was found."""
+
+
+class Learner(Protocol):
+    """What the trainer drives: gradient learning or plain back-propagation."""
+
+    @property
+    def num_trainable(self) -> int:
+        """Trainable parameters."""
+
+    def record(self, batch: Batch, closing: Adaptation | None) -> Tensor:
+        """One forward and backward pass; returns the detached mean loss, a scalar.
+
+        `closing` is the adaptation that this batch completes, None inside an interval.
+        """
+
+    def update(self, adaptation: Adaptation) -> None:
+        """Completes an adaptation; may return before it has finished everywhere."""
+
+    def evaluating(self) -> AbstractContextManager[nn.Module]:
+        """The adapted model in evaluation mode; drains every fit first."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that training changes: nested dictionaries of tensors and JSON values."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from `state_dict`."""
+
+    def measure(self) -> Measurements:
+        """Costs so far; synchronises, so it is called at logged steps only."""
+
+    def export(self) -> Mapping[SiteName, Adapter]:
+        """The trained adapters by site, drained; empty where the method has none."""
+
+    def close(self) -> None:
+        """Releases workers and hooks; the base model is as it was found."""

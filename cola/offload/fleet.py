@@ -1,0 +1,232 @@
+"""Which worker owns which adapter, and which version of it the base model may use.
+
+The fleet is the base model's whole view of the offload side: adaptation data goes in (`put`,
+`close`), parameters of a numbered adaptation come out (`wait`). Algorithm 1, lines 9 to 16.
+"""
+
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cola.adaptation_data import AdaptationData
+from cola.adapters import Adapter
+from cola.config.schema import ClipMode, OptimizerConfig
+from cola.errors import ColaError, OffloadError
+from cola.meters import add_held
+from cola.offload.fitter import AdapterFitter, Fit
+from cola.offload.transfer import Parcel, Transfer
+from cola.offload.worker import Worker
+from cola.sites import SiteName
+
+Published = Mapping[str, Tensor]
+Publish = Callable[[Adapter], Published]
+
+MAX_PENDING_PER_SITE = 2
+"""Batches of one site that may wait for its worker before the base model has to."""
+
+
+@dataclass
+class _Slot:
+    """One adapter, its worker, and what is under way for it."""
+
+    fitter: AdapterFitter
+    worker: Worker
+    version: int
+    published: "Future[Published]"
+    pending: "list[Future[None]]" = field(default_factory=list)  # data since the last fit
+
+
+class _StagedBytes:
+    """Adaptation data that left the base model and has not been accumulated yet."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.now = self.peak = self.total = 0
+
+    def add(self, num: int) -> None:
+        with self._lock:
+            self.now += num
+            self.total += max(num, 0)
+            self.peak = max(self.peak, self.now)
+
+
+class Fleet:
+    """Adapters of all sites, spread over workers."""
+
+    def __init__(
+        self,
+        fitters: Mapping[SiteName, AdapterFitter],
+        workers: Sequence[Worker],
+        *,
+        transfer: Transfer,
+        publish: Publish,
+        optimizer: OptimizerConfig,
+        overlaps: bool,
+    ) -> None:
+        """Takes over the fitters and publishes version 0.
+
+        Args:
+            fitters: one per site, in the order of the base model's forward pass.
+            workers: who runs fits; sites are dealt out in turn.
+            transfer: how adaptation data reaches the workers' device.
+            publish: what the base device needs of a fitted adapter.
+            optimizer: for its clipping across sites.
+            overlaps: whether a fit may run beside the backward pass. If not, adapters are stepped
+                after it, so that the base model may use the very tensors that are stepped.
+        """
+        self._publish = publish
+        self._slots = {
+            site: _Slot(fitter, workers[index % len(workers)], 0, self._ready(fitter))
+            for index, (site, fitter) in enumerate(fitters.items())
+        }
+        self._workers = list(workers)
+        self._transfer = transfer
+        self._global_clip = optimizer.clip_norm if optimizer.clip is ClipMode["global"] else None
+        self._overlaps = overlaps
+        self._staged = _StagedBytes()
+        self._fit: Fit | None = None
+
+    def begin_step(self, fit: Fit | None) -> None:
+        """Announces a batch. With `fit`, its data completes an interval: fits follow."""
+        self._fit = fit
+
+    def put(self, site: SiteName, data: AdaptationData) -> None:
+        """Sends one batch of a site to its worker, which adds it to the gradient.
+
+        Waits while `MAX_PENDING_PER_SITE` earlier ones of this site are still under way, so that
+        memory stays bounded when fits are slower than the base model.
+        """
+        slot = self._slots[site]
+        if len(slot.pending) >= MAX_PENDING_PER_SITE:
+            slot.pending[-MAX_PENDING_PER_SITE].result()
+        parcel = self._transfer.send(data)
+        self._staged.add(data.num_bytes)
+        slot.pending.append(slot.worker.submit(lambda: self._accumulate(slot, parcel)))
+
+    def close(self, site: SiteName) -> None:
+        """The site's data of this step is complete; starts its fit unless a barrier bars it."""
+        if self._fit is not None and self._overlaps and self._global_clip is None:
+            self._submit_fit(self._slots[site], self._fit, 1.0)
+
+    def finish(self) -> None:
+        """Starts the fits that `close` could not.
+
+        These are sites whose last batch brought no gradient, and all sites behind a barrier:
+        clipping by the global norm, or adapters on the base device.
+        """
+        assert self._fit is not None
+        factor: float | Tensor = 1.0
+        if self._global_clip is not None:
+            factor = self._global_clip_factor(self._global_clip, self._fit.gradient_scale)
+        for slot in self._slots.values():
+            if slot.version < self._fit.number:
+                self._submit_fit(slot, self._fit, factor)
+
+    def wait(self, site: SiteName, version: int) -> Published:
+        """What was published for a site after an adaptation; waits until its fit has ended."""
+        slot = self._slots[site]
+        assert slot.version == version, f"{site}: version {slot.version}, wanted {version}"
+        return slot.published.result()
+
+    def drain(self) -> None:
+        """Returns when everything under way has ended; raises what went wrong in it."""
+        for slot in self._slots.values():
+            for future in slot.pending:
+                future.result()
+            slot.published.result()
+            slot.fitter.check_finite(slot.version)
+
+    def stop(self) -> None:
+        """Ends the workers."""
+        for worker in self._workers:
+            worker.stop()
+
+    @contextmanager
+    def drained(self) -> Iterator[dict[SiteName, Adapter]]:
+        """The adapters by site, with nothing under way."""
+        self.drain()
+        yield {site: slot.fitter.adapter for site, slot in self._slots.items()}
+
+    def busy_seconds(self) -> float:
+        """Time spent in fits, summed over workers."""
+        return sum(worker.busy_seconds() for worker in self._workers)
+
+    def wire_bytes(self, returned_bytes: int) -> int:
+        """Bytes moved so far, parameters returned included; none if adapters stay."""
+        return self._staged.total + returned_bytes if self._overlaps else 0
+
+    def held_bytes(self) -> dict[str, dict[str, int]]:
+        """Bytes of adapters, optimizer states and staging (peak), by device."""
+        held: dict[str, dict[str, int]] = {}
+        for slot in self._slots.values():
+            device = next(slot.fitter.adapter.parameters()).device
+            for owner, num in slot.fitter.held_bytes.items():
+                add_held(held, device, owner, num)
+        add_held(held, device, "staging", self._staged.peak)
+        return held
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of every fitter; nothing may be under way."""
+        return {site: slot.fitter.state_dict() for site, slot in self._slots.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any], version: int) -> None:
+        """Continues after adaptation number `version`, and publishes it."""
+        self.drain()
+        for site, slot in self._slots.items():
+            slot.fitter.load_state_dict(state[site])
+            slot.version, slot.published = version, self._ready(slot.fitter)
+
+    def _ready(self, fitter: AdapterFitter) -> "Future[Published]":
+        future: Future[Published] = Future()
+        future.set_result(self._publish(fitter.adapter))
+        return future
+
+    def _accumulate(self, slot: _Slot, parcel: Parcel) -> None:
+        with _named(slot):
+            data = parcel()
+            slot.fitter.accumulate(data)
+            self._staged.add(-data.num_bytes)
+
+    def _submit_fit(self, slot: _Slot, fit: Fit, clip_factor: float | Tensor) -> None:
+        arrived, previous = slot.pending, slot.published
+        slot.pending, slot.version = [], fit.number
+
+        def run() -> Published:
+            # Earlier tasks of this slot ran on the same worker: these calls never wait, they raise
+            # what went wrong, so that no adapter is stepped on half of its data.
+            for future in arrived:
+                future.result()
+            published = previous.result()
+            with _named(slot):
+                stepped = slot.fitter.step(fit, clip_factor)
+                return self._publish(slot.fitter.adapter) if stepped else published
+
+        slot.published = slot.worker.submit(run)
+
+    def _global_clip_factor(self, clip_norm: float, gradient_scale: float) -> Tensor:
+        for slot in self._slots.values():  # the barrier: every gradient has to be complete
+            for future in slot.pending:
+                future.result()
+        norms = [slot.fitter.gradient_norm(gradient_scale) for slot in self._slots.values()]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        factor: Tensor = clip_norm / (norm + 1e-6)
+        return factor.clamp(max=1.0)
+
+
+@contextmanager
+def _named(slot: _Slot) -> Iterator[None]:
+    """Turns a crash inside a task into an error that names the site and keeps the traceback."""
+    try:
+        yield
+    except ColaError:
+        raise
+    except Exception as error:
+        site = slot.fitter.adapter.spec.name
+        raise OffloadError(f"fitting site {site!r} failed:\n{traceback.format_exc()}") from error

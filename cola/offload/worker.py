@@ -1,0 +1,78 @@
+"""Who runs fits: the caller itself, or threads of this host beside the base model's backward pass.
+
+A worker is an executor that runs its tasks one after another, in the order of submission. A fleet
+gives each adapter to one worker, so the tasks of one adapter never overtake one another.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol, TypeVar
+
+import torch
+
+from cola.meters import BusyTimer
+
+T = TypeVar("T")
+
+
+class Worker(Protocol):
+    """Runs tasks in order on one device."""
+
+    def submit(self, task: Callable[[], T]) -> "Future[T]":
+        """Queues a task, or runs it; its result or error is in the future."""
+
+    def busy_seconds(self) -> float:
+        """Time spent in tasks."""
+
+    def stop(self) -> None:
+        """Ends the worker once its queue is empty."""
+
+
+class InlineWorker:
+    """Runs every task at once in the caller's thread: adapters stay on the base device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._timer = BusyTimer(device)
+
+    def submit(self, task: Callable[[], T]) -> "Future[T]":
+        """Runs the task; an error is raised here and now."""
+        done: Future[T] = Future()
+        with self._timer.measure():
+            done.set_result(task())
+        return done
+
+    def busy_seconds(self) -> float:
+        """Time spent in tasks."""
+        return self._timer.read()
+
+    def stop(self) -> None:
+        """Nothing to end."""
+
+
+class ThreadWorker:
+    """One thread with a queue. PyTorch releases the interpreter lock inside its kernels."""
+
+    def __init__(self, name: str, *, num_threads: int) -> None:
+        """`num_threads` is the number of cores that one kernel of this worker may use."""
+        self._timer = BusyTimer(torch.device("cpu"))
+        # Kernels size their pool by the calling thread's setting: fits must not take the cores
+        # that the base model's own backward pass is using.
+        self._pool = ThreadPoolExecutor(
+            1, thread_name_prefix=name, initializer=torch.set_num_threads, initargs=(num_threads,)
+        )
+
+    def submit(self, task: Callable[[], T]) -> "Future[T]":
+        """Queues the task and returns at once."""
+        return self._pool.submit(self._timed, task)
+
+    def busy_seconds(self) -> float:
+        """Time spent in tasks."""
+        return self._timer.read()
+
+    def stop(self) -> None:
+        """Ends the thread once its queue is empty."""
+        self._pool.shutdown()
+
+    def _timed(self, task: Callable[[], T]) -> T:
+        with self._timer.measure():
+            return task()
