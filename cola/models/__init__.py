@@ -1,0 +1,47 @@
+"""Base models: loads or builds them and finds their sites (text and image).
+
+`build_base_model` is the way in. transformers and peft are imported only by text models, inside
+functions: an image run never pays for them.
+"""
+
+from collections.abc import Callable
+
+from cola.config.schema import ModelConfig, ModelSource
+from cola.interfaces import Problem
+from cola.models.base import BaseModel
+from cola.models.image import build_image
+from cola.models.site_checks import check_rank, shared_parameter_sites
+from cola.models.site_selection import resolve_sites
+from cola.models.text import build_pretrained, build_random
+
+__all__ = [
+    "BaseModel",
+    "build_base_model",
+    "check_rank",
+    "resolve_sites",
+    "shared_parameter_sites",
+]
+
+_BUILDERS: dict[ModelSource, Callable[..., BaseModel]] = {
+    ModelSource.pretrained: build_pretrained,
+    ModelSource.random: build_random,
+    ModelSource.image: build_image,
+}
+
+
+def build_base_model(
+    model: ModelConfig, problem: Problem, *, seed: int, on_meta: bool = False
+) -> BaseModel:
+    """Builds the base model of a run on the CPU.
+
+    Args:
+        model: which model, its dtype and its sites.
+        problem: what it is built for (classes, image shape, tokens).
+        seed: decides every weight that no pretrained file holds; global generators stay untouched.
+        on_meta: shapes only, for dry runs: no weights, network or tokenizer.
+
+    Raises:
+        ConfigError: the model does not fit the problem, or its files are missing.
+        SiteError: `model.sites` names no module, or one that cannot be tapped.
+    """
+    return _BUILDERS[model.source](model, problem, seed=seed, on_meta=on_meta)

@@ -1,0 +1,211 @@
+"""Hugging Face base models: pretrained, random from an architecture, or shapes on the meta device.
+
+Losses are computed by the tasks, so no labels ever reach these models. New heads are found by the
+keys that the pretrained files lack (method: section 4).
+"""
+
+import logging
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cola.config.schema import Family, ModelConfig, Objective
+from cola.errors import ConfigError
+from cola.interfaces import Problem
+from cola.models.architecture import (
+    auto_class,
+    check_objective,
+    is_classifier,
+    pretrained_config,
+    random_config,
+)
+from cola.models.base import (
+    BaseModel,
+    cast_parameters,
+    model_label,
+    seeded_weights,
+    stored_names,
+    torch_dtype,
+)
+from cola.models.hub import PretrainedSource, find_source, loading, stored_shapes
+from cola.models.site_selection import default_text_sites, resolve_sites, site_modules
+from cola.models.tokenizer import build_word_tokenizer, load_tokenizer
+from cola.sites import SiteName
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_MAX_LISTED = 8  # names in a log line
+
+
+def build_pretrained(
+    model: ModelConfig, problem: Problem, *, seed: int, on_meta: bool
+) -> BaseModel:
+    """Loads a pretrained model; the seed decides its new heads.
+
+    Raises:
+        ConfigError: files are missing or do not fit, or the model does not fit the problem.
+        SiteError: `model.sites` cannot be resolved.
+    """
+    check_objective(model, problem)
+    source = find_source(model, config_only=on_meta)
+    with loading(model, source):
+        config = pretrained_config(model, problem, source, on_meta=on_meta)
+        if on_meta:
+            module = _shapes(model, problem, config, seed)
+            absent = _absent_on_meta(module, problem, source)
+            return _finish(model, module, tokenizer=None, new_parameters=absent)
+        tokenizer = load_tokenizer(
+            source.location,
+            padding_side=_padding_side(problem),
+            local_files_only=source.local_files_only,
+        )
+        with seeded_weights(seed):
+            module, info = auto_class(problem).from_pretrained(
+                source.location,
+                config=config,
+                dtype=torch_dtype(model.dtype),
+                local_files_only=source.local_files_only,
+                # A head for other labels is replaced; _absent_names refuses any other mismatch.
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    absent = _absent_names(model, module, info)
+    return _finish(model, module, tokenizer=tokenizer, new_parameters=absent)
+
+
+def build_random(model: ModelConfig, problem: Problem, *, seed: int, on_meta: bool) -> BaseModel:
+    """Builds an architecture with random weights, a function of the seed alone; all are new.
+
+    Raises:
+        ConfigError: the architecture is invalid or does not fit the problem.
+        SiteError: `model.sites` cannot be resolved.
+    """
+    check_objective(model, problem)
+    if model.path is not None:
+        raise ConfigError(f"model.path has no effect on model={model.name}; use model=hf")
+    config = random_config(model, problem)
+    tokenizer = None
+    if on_meta:
+        module = _shapes(model, problem, config, seed)
+    else:
+        with seeded_weights(seed):
+            module = auto_class(problem).from_config(config, dtype=torch.float32)
+        cast_parameters(module, model.dtype)
+        tokenizer = build_word_tokenizer(
+            marks_ends=model.family is Family.encoder, padding_side=_padding_side(problem)
+        )
+    return _finish(
+        model,
+        module,
+        tokenizer=tokenizer,
+        new_parameters=stored_names(module),
+        heads=_outer_sites(module) if is_classifier(problem) else (),
+    )
+
+
+def _shapes(
+    model: ModelConfig, problem: Problem, config: "PreTrainedConfig", seed: int
+) -> "PreTrainedModel":
+    with seeded_weights(seed), torch.device("meta"):
+        module: PreTrainedModel = auto_class(problem).from_config(
+            config, dtype=torch_dtype(model.dtype)
+        )
+    return module
+
+
+def _finish(
+    model: ModelConfig,
+    module: Any,  # a PreTrainedModel, whose methods are not typed
+    *,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    new_parameters: frozenset[str],
+    heads: Collection[SiteName] | None = None,
+) -> BaseModel:
+    if heads is None:
+        heads = [name for name in site_modules(module) if f"{name}.weight" in new_parameters]
+    module.config.use_cache = False
+    _set_pad_token(module, tokenizer)
+    if model.gradient_checkpointing:
+        _enable_checkpointing(model, module)
+    default: list[str] = []
+    if model.sites is None:
+        default = default_text_sites(module, model, module.config.model_type)
+    return BaseModel(
+        module=module.eval(),
+        tokenizer=tokenizer,
+        sites=resolve_sites(module, model, default=default, heads=heads),
+        new_parameters=new_parameters,
+    )
+
+
+def _enable_checkpointing(model: ModelConfig, module: Any) -> None:
+    if not module.supports_gradient_checkpointing:
+        raise ConfigError(f"model.gradient_checkpointing: {model_label(model)} does not support it")
+    # transformers 5.23 renamed the method, and a warning is an error in tests.
+    enable = getattr(module, "activation_checkpointing_enable", None)
+    # Reentrant checkpointing fails on a frozen base: no input of a block needs a gradient.
+    (enable or module.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+def _set_pad_token(module: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None") -> None:
+    # After building, not before: an embedding built with a pad index never learns that row, and
+    # the pad token may be the end token.
+    config = module.config
+    if tokenizer is not None:
+        config.pad_token_id = tokenizer.pad_token_id
+    elif config.pad_token_id is None:
+        end = config.eos_token_id
+        config.pad_token_id = end[0] if isinstance(end, list) else end
+
+
+def _padding_side(problem: Problem) -> str:
+    return "left" if problem.objective is Objective.causal else "right"
+
+
+def _outer_sites(module: "PreTrainedModel") -> list[SiteName]:
+    inner = f"{module.base_model_prefix}."
+    return [name for name in site_modules(module) if not name.startswith(inner)]
+
+
+def _absent_on_meta(
+    module: "PreTrainedModel", problem: Problem, source: PretrainedSource
+) -> frozenset[str]:
+    if not is_classifier(problem):
+        return frozenset()
+    heads = tuple(f"{name}." for name in _outer_sites(module))
+    stored = stored_shapes(source)
+    return frozenset(
+        name
+        for name, parameter in module.named_parameters()
+        if name.startswith(heads) and stored.get(name) != tuple(parameter.shape)
+    )
+
+
+def _absent_names(
+    model: ModelConfig, module: "PreTrainedModel", info: dict[str, Any]
+) -> frozenset[str]:
+    mismatched = {name for name, *_ in info["mismatched_keys"]}
+    names = stored_names(module)
+    absent = names & (set(info["missing_keys"]) | mismatched)
+    inner = {name for name in names if name.startswith(f"{module.base_model_prefix}.")}
+    if inner and (inner <= absent or inner & mismatched):
+        raise ConfigError(
+            f"model.path={model.path}: the weights do not fit config.json; of the "
+            f"{len(inner)} tensors of {type(module).__name__} below its heads "
+            f"{len(inner & absent)} are missing or of another shape, first "
+            f"{min(inner & absent)}"
+        )
+    if absent & inner:
+        logger.warning("not in %s, hence random: %s", model.path, _listed(absent & inner))
+    if absent - inner:
+        logger.info("newly initialised in %s: %s", model_label(model), _listed(absent - inner))
+    return absent
+
+
+def _listed(names: Collection[str]) -> str:
+    shown = ", ".join(sorted(names)[:_MAX_LISTED])
+    return shown if len(names) <= _MAX_LISTED else f"{shown} and {len(names) - _MAX_LISTED} more"

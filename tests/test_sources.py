@@ -1,0 +1,267 @@
+"""Rows from folders and the hub: what is read, and what each failure says."""
+
+import gzip
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cola.config.schema import TaskConfig
+from cola.errors import ConfigError, DataError
+from cola.tasks import hub
+from cola.tasks.sources import hold_out, load_arrays, load_rows
+
+MRPC = TaskConfig(name="glue", folder="glue/mrpc", hub="nyu-mll/glue", subset="mrpc", num_labels=2)
+MNIST = TaskConfig(name="mnist", folder="mnist", hub="ylecun/mnist", num_labels=10)
+
+
+def write_lines(path: Path, lines: Sequence[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = "\n".join(lines).encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+def as_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [json.dumps(row) for row in rows]
+
+
+def mrpc_rows(count: int) -> list[dict[str, Any]]:
+    return [{"sentence1": f"a{i}", "sentence2": "b", "label": i % 2} for i in range(count)]
+
+
+def read(folder: Path, *, limit: int | None = None) -> list[Mapping[str, Any]]:
+    return load_rows(
+        MRPC, "train", columns=("sentence1", "label"), data_dir=str(folder), limit=limit
+    )
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl"])
+def test_load_rows_reads_compressed_and_plain_files(tmp_path: Path, suffix: str) -> None:
+    write_lines(tmp_path / f"glue/mrpc/train{suffix}", [*as_lines(mrpc_rows(3)), ""])
+    assert read(tmp_path) == mrpc_rows(3)
+
+
+def test_load_rows_keeps_the_first_rows_and_reads_no_further(tmp_path: Path) -> None:
+    write_lines(tmp_path / "glue/mrpc/train.jsonl", [*as_lines(mrpc_rows(2)), "{broken"])
+    assert read(tmp_path, limit=2) == mrpc_rows(2)
+
+
+def test_missing_folder_names_path_and_nearest_set(tmp_path: Path) -> None:
+    write_lines(tmp_path / "glue/mrcp/train.jsonl", as_lines(mrpc_rows(1)))
+    with pytest.raises(DataError, match=r"glue/mrpc.*nearest: glue/mrcp"):
+        read(tmp_path)
+
+
+def test_missing_folder_says_when_no_set_is_there(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no data set is there"):
+        read(tmp_path)
+
+
+def test_missing_data_dir_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data_dir=.*absent is not a folder"):
+        read(tmp_path / "absent")
+
+
+def test_missing_split_lists_the_splits_there(tmp_path: Path) -> None:
+    write_lines(tmp_path / "glue/mrpc/validation.jsonl.gz", as_lines(mrpc_rows(1)))
+    with pytest.raises(DataError, match=r"no split 'train'.*splits there: validation"):
+        read(tmp_path)
+
+
+def test_task_without_folder_is_a_config_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"set task\.folder"):
+        load_rows(TaskConfig(name="glue"), "train", columns=(), data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{broken", "line 3: not valid JSON"),
+        ("[1]", "line 3: holds a list"),
+        ('{"sentence1": "a", "sentence2": "b"}', "line 3: lacks column label; it has sentence1"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl"])
+def test_bad_line_names_file_and_line(tmp_path: Path, line: str, reason: str, suffix: str) -> None:
+    path = tmp_path / f"glue/mrpc/train{suffix}"
+    write_lines(path, [*as_lines(mrpc_rows(2)), line])
+    with pytest.raises(DataError, match=reason) as error:
+        read(tmp_path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("broken", ["truncated", "not gzip", "not UTF-8"])
+def test_unreadable_file_is_named(tmp_path: Path, broken: str) -> None:
+    path = tmp_path / "glue/mrpc/train.jsonl.gz"
+    write_lines(path, as_lines(mrpc_rows(50)))
+    content = path.read_bytes()
+    damaged = {
+        "truncated": content[: len(content) // 2],
+        "not gzip": b"hello",
+        "not UTF-8": gzip.compress(b"\xff\xfe"),
+    }
+    path.write_bytes(damaged[broken])
+    with pytest.raises(DataError, match=r"train.jsonl.gz cannot be read after line"):
+        read(tmp_path)
+
+
+def test_hold_out_partitions_rows_in_order() -> None:
+    kept, held = hold_out(range(100), seed=0)
+    assert len(held) == 5
+    assert sorted(kept + held) == list(range(100))
+    assert kept == sorted(kept)
+    assert held == sorted(held)
+
+
+def test_hold_out_depends_on_its_seed_alone() -> None:
+    assert hold_out(range(100), seed=1) == hold_out(range(100), seed=1)
+    assert hold_out(range(100), seed=1) != hold_out(range(100), seed=2)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.01, 1.0])
+def test_hold_out_leaves_a_row_on_either_side(fraction: float) -> None:
+    kept, held = hold_out([1, 2], fraction=fraction, seed=0)
+    assert (len(kept), len(held)) == (1, 1)
+
+
+def test_hold_out_of_one_row_fails() -> None:
+    with pytest.raises(DataError, match=r"1 rows cannot be divided.*max_train_rows"):
+        hold_out([1], seed=0)
+
+
+def test_load_arrays_reads_npz(tmp_path: Path) -> None:
+    (tmp_path / "mnist").mkdir()
+    images, labels = np.zeros((2, 28, 28), np.uint8), np.arange(2)
+    np.savez(
+        tmp_path / "mnist/mnist.npz", x_train=images, y_train=labels, x_test=images, y_test=labels
+    )
+    arrays = load_arrays(MNIST, str(tmp_path))
+    assert arrays.x_test.shape == (2, 28, 28)
+    assert arrays.y_train.tolist() == [0, 1]
+
+
+def test_load_arrays_names_missing_file_and_arrays(tmp_path: Path) -> None:
+    (tmp_path / "mnist").mkdir()
+    with pytest.raises(DataError, match=r"mnist.npz does not exist; it has to hold x_train"):
+        load_arrays(MNIST, str(tmp_path))
+    np.savez(tmp_path / "mnist/mnist.npz", x_train=np.zeros(1))
+    with pytest.raises(DataError, match=r"lacks y_train, x_test, y_test; it holds x_train"):
+        load_arrays(MNIST, str(tmp_path))
+    (tmp_path / "mnist/mnist.npz").write_bytes(b"hello")
+    with pytest.raises(DataError, match=r"not a readable \.npz file"):
+        load_arrays(MNIST, str(tmp_path))
+
+
+class FakeTable:
+    """As much of `datasets.Dataset` as the hub reader uses."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = rows
+        self.column_names = list(rows[0])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, column: str) -> list[Any]:
+        return [row[column] for row in self.rows]
+
+    def select(self, indices: range) -> "FakeTable":
+        return FakeTable([self.rows[index] for index in indices])
+
+    def to_list(self) -> list[dict[str, Any]]:
+        return self.rows
+
+
+class FakeHub:
+    """Stands in for the `datasets` and `huggingface_hub` packages."""
+
+    def __init__(self, rows: list[dict[str, Any]], *, answers: bool) -> None:
+        self.rows = rows
+        self.answers = answers
+        self.offline_flags: list[bool] = []
+
+    def load_dataset(self, path: str, name: str | None, *, split: str) -> FakeTable:
+        self.offline_flags.append(sys.modules["datasets.config"].HF_HUB_OFFLINE)
+        if not self.rows:
+            raise ConnectionError(f"cannot reach {path} {name} {split}")
+        return FakeTable(self.rows)
+
+
+def install(monkeypatch: pytest.MonkeyPatch, fake: FakeHub) -> None:
+    """Replace the hub packages, whose import takes seconds."""
+    config, constants = ModuleType("datasets.config"), ModuleType("huggingface_hub.constants")
+    datasets, package = ModuleType("datasets"), ModuleType("huggingface_hub")
+    for module in (config, constants):
+        vars(module)["HF_HUB_OFFLINE"] = False
+    vars(datasets).update(config=config, load_dataset=fake.load_dataset)
+    vars(package).update(constants=constants)
+    for module in (datasets, package, config, constants):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(hub, "_hub_answers", lambda hub_id: fake.answers)
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_hub_rows_are_read_online_or_from_the_cache(
+    monkeypatch: pytest.MonkeyPatch, answers: bool
+) -> None:
+    fake = FakeHub(mrpc_rows(5), answers=answers)
+    install(monkeypatch, fake)
+    rows = load_rows(MRPC, "train", columns=("label",), data_dir=None, limit=3)
+    assert rows == mrpc_rows(3)
+    assert fake.offline_flags == [not answers]
+    assert sys.modules["datasets.config"].HF_HUB_OFFLINE is False
+
+
+@pytest.mark.parametrize(
+    ("answers", "reason"), [(False, "nobody answers"), (True, "could not be loaded")]
+)
+def test_hub_failure_names_what_works_offline(
+    monkeypatch: pytest.MonkeyPatch, answers: bool, reason: str
+) -> None:
+    install(monkeypatch, FakeHub([], answers=answers))
+    expected = f"nyu-mll/glue.*{reason}.*data_dir=FOLDER.*task=digits, task=synthetic"
+    with pytest.raises(DataError, match=expected):
+        load_rows(MRPC, "train", columns=(), data_dir=None)
+
+
+def test_hub_set_without_a_column_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, FakeHub(mrpc_rows(1), answers=True))
+    with pytest.raises(DataError, match=r"lacks column premise; it has sentence1"):
+        load_rows(MRPC, "train", columns=("premise",), data_dir=None)
+
+
+def test_hub_images_become_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"image": np.full((28, 28), i, np.uint8), "label": i} for i in range(3)]
+    install(monkeypatch, FakeHub(rows, answers=True))
+    arrays = load_arrays(MNIST, None)
+    assert arrays.x_train.shape == (3, 28, 28)
+    assert arrays.y_test.tolist() == [0, 1, 2]
+
+
+def test_task_without_hub_set_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match=r"set task\.hub or data_dir=FOLDER"):
+        load_rows(TaskConfig(name="glue"), "train", columns=(), data_dir=None)
+
+
+@pytest.mark.parametrize(("failure", "answers"), [("refused", True), ("unreachable", False)])
+def test_probe_tells_a_refusal_from_silence(
+    monkeypatch: pytest.MonkeyPatch, failure: str, answers: bool
+) -> None:
+    class HfHubHTTPError(Exception):
+        pass
+
+    class HfApi:
+        def dataset_info(self, hub_id: str, timeout: float) -> None:
+            raise HfHubHTTPError(hub_id) if failure == "refused" else OSError(f"{timeout} s")
+
+    package, errors = ModuleType("huggingface_hub"), ModuleType("huggingface_hub.errors")
+    vars(package).update(HfApi=HfApi, errors=errors)
+    vars(errors).update(HfHubHTTPError=HfHubHTTPError)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", package)
+    monkeypatch.setitem(sys.modules, "huggingface_hub.errors", errors)
+    assert hub._hub_answers("nyu-mll/glue") is answers
