@@ -1,0 +1,134 @@
+"""Saved states: safetensors for tensors, JSON for the rest, written atomically, newest kept.
+
+A state is any nesting of dictionaries and lists with tensors and JSON values as leaves. It becomes
+two files in a folder that is renamed into place when complete: a run killed at any moment leaves
+whole checkpoints only.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cola.errors import DataError
+
+TENSORS = "tensors.safetensors"
+VALUES = "state.json"
+BEST = "best"
+
+
+def save_state(folder: Path, state: Mapping[str, Any]) -> None:
+    """Writes a state as a folder, replacing one that is there, all or nothing."""
+    tensors: dict[str, Tensor] = {}
+    values = _split(state, "", tensors)
+    draft = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    save_file(tensors, draft / TENSORS)
+    (draft / VALUES).write_text(json.dumps(values, indent=1), encoding="utf-8")
+    for name in (TENSORS, VALUES):
+        _flush(draft / name)
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    draft.rename(folder)
+    _flush(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """Reads a folder written by `save_state`.
+
+    Raises:
+        DataError: the folder is not a whole checkpoint.
+    """
+    try:
+        tensors = load_file(folder / TENSORS)
+        values = json.loads((folder / VALUES).read_text(encoding="utf-8"))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise DataError(f"{folder} is not a checkpoint that can be read: {error}") from error
+    state = _join(values, tensors)
+    assert isinstance(state, dict)
+    return state
+
+
+class Checkpoints:
+    """The checkpoints of one run, `step-00000120` and so on, and the best one."""
+
+    def __init__(self, folder: Path, *, keep: int) -> None:
+        self._folder = folder
+        self._keep = keep
+
+    def save(self, step: int, state: Mapping[str, Any]) -> None:
+        """Adds the checkpoint of a step and removes those beyond the newest `keep`."""
+        save_state(self._folder / f"step-{step:08d}", state)
+        for old in self._steps()[: -self._keep]:
+            shutil.rmtree(old)
+
+    def load_newest(self) -> dict[str, Any] | None:
+        """The state of the newest step, None if the run has not saved any."""
+        steps = self._steps()
+        return load_state(steps[-1]) if steps else None
+
+    def save_best(self, state: Mapping[str, Any]) -> None:
+        """Replaces the state that scored best."""
+        save_state(self._folder / BEST, state)
+
+    def load_best(self) -> dict[str, Any]:
+        """The state that scored best."""
+        return load_state(self._folder / BEST)
+
+    def _steps(self) -> list[Path]:
+        return sorted(path for path in self._folder.glob("step-*") if path.is_dir())
+
+
+def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """JSON of a state, with every tensor replaced by a reference."""
+    if isinstance(value, Tensor):
+        # A copy: safetensors refuses tensors that share memory, as tied weights do.
+        tensors[path] = value.detach().to("cpu", copy=True).contiguous()
+        return {"$tensor": path}
+    if isinstance(value, Mapping):
+        return {str(key): _split(item, f"{path}/{key}", tensors) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_split(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]
+    return value
+
+
+def _join(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {"$tensor"}:
+            return tensors[value["$tensor"]]
+        return {key: _join(item, tensors) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_join(item, tensors) for item in value]
+    return value
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def new_parameters(module: torch.nn.Module, names: frozenset[str]) -> dict[str, Tensor]:
+    """Parameters and buffers that came from no pretrained file, by name."""
+    return {name: tensor for name, tensor in module.state_dict().items() if name in names}
+
+
+@torch.no_grad()
+def restore_parameters(module: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Writes saved parameters and buffers back into a module."""
+    own = module.state_dict()
+    for name, tensor in tensors.items():
+        own[name].copy_(tensor)

@@ -1,0 +1,155 @@
+"""Adapters as files that other tools load: safetensors with a description, and PEFT folders.
+
+`adapters/adapters.safetensors` holds every adapter under `<site>/<parameter>`; `adapters.json` says
+what each is. Low-rank adapters of a text model are also written as `adapters/peft`, which
+`PeftModel.from_pretrained` loads onto the same base.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cola.adapters import Adapter, LinearAdapter, LowRankAdapter
+from cola.config.schema import Objective
+from cola.sites import SiteKind, SiteName, to_base_layout
+
+FORMAT_VERSION = 1
+_PREFIX = "base_model.model."
+_TASK_TYPES = {
+    Objective.classification: "SEQ_CLS",
+    Objective.regression: "SEQ_CLS",
+    Objective.causal: "CAUSAL_LM",
+}
+
+
+def export_adapters(
+    folder: Path, adapters: Mapping[SiteName, Adapter], *, scale: float, base: str
+) -> None:
+    """Writes all adapters of a run.
+
+    Args:
+        folder: made if missing.
+        adapters: by site.
+        scale: alpha, which multiplies every adapter's output.
+        base: name or path of the base model, for the description.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        f"{site}/{name}": parameter.detach().cpu().contiguous()
+        for site, adapter in adapters.items()
+        for name, parameter in adapter.named_parameters()
+    }
+    save_file(tensors, folder / "adapters.safetensors")
+    described = {
+        "format_version": FORMAT_VERSION,
+        "base_model": base,
+        "scale": scale,
+        "adapters": {site: _describe(adapter) for site, adapter in adapters.items()},
+    }
+    _write_json(folder / "adapters.json", described)
+
+
+def can_export_peft(adapters: Mapping[SiteName, Adapter], objective: Objective) -> bool:
+    """Whether all adapters but those of new heads are low-rank, on a text model."""
+    body = [adapter for adapter in adapters.values() if not adapter.spec.is_head]
+    return (
+        objective in _TASK_TYPES
+        and bool(body)
+        and all(isinstance(adapter, LowRankAdapter) for adapter in body)
+    )
+
+
+def export_peft(
+    folder: Path,
+    adapters: Mapping[SiteName, Adapter],
+    new_parameters: Mapping[str, Tensor],
+    *,
+    scale: float,
+    base: str,
+    objective: Objective,
+) -> None:
+    """Writes low-rank adapters as a PEFT LoRA folder; new heads go along as saved modules.
+
+    Args:
+        folder: made if missing.
+        adapters: by site; `can_export_peft` must hold.
+        new_parameters: pristine values of what the base model's file lacks, heads among them.
+        scale: alpha; `lora_alpha` is alpha * rank.
+        base: id or path that PEFT users load the base model from.
+        objective: names PEFT's task type.
+    """
+    tensors: dict[str, Tensor] = {}
+    rank = 0
+    heads = [site for site, adapter in adapters.items() if adapter.spec.is_head]
+    body = {site: adapter for site, adapter in adapters.items() if site not in heads}
+    for site, adapter in body.items():
+        assert isinstance(adapter, LowRankAdapter)
+        rank = adapter.lora_a.shape[0]
+        tensors[f"{_PREFIX}{site}.lora_A.weight"] = adapter.lora_a
+        tensors[f"{_PREFIX}{site}.lora_B.weight"] = adapter.lora_b
+    saved = sorted({site.split(".")[0] for site in heads})
+    for name in saved:
+        for key, value in new_parameters.items():
+            if key.startswith(f"{name}."):
+                tensors[_PREFIX + key] = _with_delta(key, value, adapters, scale)
+    config = {
+        "peft_type": "LORA",
+        "task_type": _TASK_TYPES[objective],
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": scale * rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(body),
+        "modules_to_save": saved or None,
+        "fan_in_fan_out": any(a.spec.kind is SiteKind.conv1d for a in body.values()),
+        "inference_mode": True,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    save_file(stored, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    _write_json(folder / "adapter_config.json", config)
+
+
+@torch.no_grad()
+def _with_delta(
+    key: str, value: Tensor, adapters: Mapping[SiteName, Adapter], scale: float
+) -> Tensor:
+    site, _, leaf = key.rpartition(".")
+    adapter = adapters.get(site)
+    if not isinstance(adapter, LinearAdapter):
+        return value
+    delta = {
+        "weight": to_base_layout(adapter.delta_weight(), adapter.spec),
+        "bias": adapter.delta_bias(),
+    }[leaf]
+    return value if delta is None else value + scale * delta.to(value)
+
+
+def _describe(adapter: Adapter) -> dict[str, Any]:
+    spec = adapter.spec
+    described: dict[str, Any] = {
+        "kind": type(adapter).__name__.removesuffix("Adapter").lower(),
+        "site_kind": spec.kind.name,
+        "in_features": spec.in_features,
+        "out_features": spec.out_features,
+        "is_head": spec.is_head,
+        "shapes": {name: list(parameter.shape) for name, parameter in adapter.named_parameters()},
+    }
+    if spec.kind is SiteKind.conv2d:
+        described |= {
+            "kernel_size": list(spec.kernel_size),
+            "stride": list(spec.stride),
+            "padding": list(spec.padding),
+            "dilation": list(spec.dilation),
+        }
+    return described
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,103 @@
+"""Process-wide state of a run: devices, dtypes, generators, and stopping politely."""
+
+import random
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+
+from cola.errors import ConfigError
+
+
+def resolve_device(name: str) -> torch.device:
+    """The base model's device; `auto` is the first GPU if there is one.
+
+    Raises:
+        ConfigError: the machine has no such device.
+    """
+    num_gpus = torch.cuda.device_count()
+    if name == "auto":
+        return torch.device("cuda:0" if num_gpus else "cpu")
+    device = torch.device("cuda:0" if name == "cuda" else name)
+    if device.type == "cuda" and (device.index or 0) >= num_gpus:
+        raise ConfigError(
+            f"device={name} asks for GPU {device.index or 0}, and this machine has {num_gpus}; set "
+            "device=auto or device=cpu"
+        )
+    return device
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a configured name."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds every global generator: dropout of the base model draws from them."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def generator_states() -> dict[str, Any]:
+    """State of every global generator, for a checkpoint."""
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": {"version": version, "state": list(internal), "gauss": gauss},
+        "numpy": {
+            "name": name,
+            "keys": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            "position": int(position),
+            "has_gauss": int(has_gauss),
+            "cached": float(cached),
+        },
+        "torch": torch.get_rng_state(),
+        "cuda": dict(enumerate(torch.cuda.get_rng_state_all())),
+    }
+
+
+def restore_generators(states: Mapping[str, Any]) -> None:
+    """Puts the global generators back; GPUs that are gone are left out."""
+    python, numpy = states["python"], states["numpy"]
+    random.setstate((python["version"], tuple(python["state"]), python["gauss"]))
+    keys = numpy["keys"].numpy().astype(np.uint32)
+    np.random.set_state(
+        (numpy["name"], keys, numpy["position"], numpy["has_gauss"], numpy["cached"])
+    )
+    torch.set_rng_state(states["torch"])
+    for index, state in states["cuda"].items():
+        if int(index) < torch.cuda.device_count():
+            torch.cuda.set_rng_state(state, int(index))
+
+
+class StopRequest:
+    """Whether the user asked the run to stop (Ctrl-C, or SIGTERM of a scheduler)."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.is_set:  # asked twice: stop at once
+            raise KeyboardInterrupt
+        self.is_set = True
+
+
+@contextmanager
+def stop_request() -> Iterator[StopRequest]:
+    """Turns the first signal into a request that the loop honours after the current step."""
+    request = StopRequest()
+    previous = {
+        number: signal.signal(number, request._handle) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
