@@ -4,6 +4,7 @@ Same loop, loss, optimizer and interval as gradient learning; only who computes 
 differs.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -118,11 +119,11 @@ class AutogradLearner:
         for name, parameter in self._trainable.items():
             parameter.copy_(state["parameters"][name])
             gradient = state["gradients"].get(name)
-            parameter.grad = None if gradient is None else gradient.to(parameter)
+            parameter.grad = None if gradient is None else gradient.to(parameter, copy=True)
         for name, buffer in self._model.named_buffers():
             buffer.copy_(state["buffers"][name])
         groups = self._optimizer.state_dict()["param_groups"]
-        moments = {int(index): value for index, value in state["optimizer"].items()}
+        moments = {int(index): copy.deepcopy(value) for index, value in state["optimizer"].items()}
         self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self._weights.load_state_dict(state["interval"])
 

@@ -35,9 +35,9 @@ def save_state(folder: Path, state: Mapping[str, Any]) -> None:
     (draft / VALUES).write_text(json.dumps(values, indent=1), encoding="utf-8")
     for name in (TENSORS, VALUES):
         _flush(draft / name)
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    old = _replaced(folder)
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     draft.rename(folder)
     _flush(folder.parent)
@@ -50,6 +50,8 @@ def load_state(folder: Path) -> dict[str, Any]:
     Raises:
         DataError: the folder is not a whole checkpoint.
     """
+    if not folder.exists() and _replaced(folder).exists():
+        _replaced(folder).rename(folder)  # killed between the two renames of a replacement
     try:
         tensors = load_file(folder / TENSORS)
         values = json.loads((folder / VALUES).read_text(encoding="utf-8"))
@@ -111,6 +113,10 @@ def _join(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(value, list):
         return [_join(item, tensors) for item in value]
     return value
+
+
+def _replaced(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
 
 
 def _flush(path: Path) -> None:

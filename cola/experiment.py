@@ -1,10 +1,13 @@
 """One run from configuration to summary: builds every part, wires them, trains, reports."""
 
 import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from cola.batches import BatchStream
 from cola.checkpoint import Checkpoints, new_parameters, restore_parameters
@@ -17,7 +20,7 @@ from cola.config.schema import (
     MethodName,
 )
 from cola.errors import SiteError
-from cola.export import can_export_peft, export_adapters, export_peft
+from cola.export import can_export_peft, export_adapters, export_peft, head_weights
 from cola.interfaces import Learner, Problem, TaskData
 from cola.learners import build_learner
 from cola.metrics import build_score
@@ -33,6 +36,27 @@ from cola.trainer import Horizon, Trainer
 logger = logging.getLogger(__name__)
 
 NEW_PARAMETERS = "base.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """What a run is made of.
+
+    Attributes:
+        config: as it runs.
+        run_dir: its folder.
+        base: the base model, which the learner has taken over.
+        heads: pristine weights of classification heads, for the export.
+        task: data and metric.
+        learner: method.
+    """
+
+    config: ExperimentConfig
+    run_dir: Path
+    base: BaseModel
+    heads: Mapping[str, Tensor]
+    task: TaskData
+    learner: Learner
 
 
 def run_experiment(config: ExperimentConfig, run_dir: Path) -> dict[str, Any]:
@@ -57,10 +81,14 @@ def run_experiment(config: ExperimentConfig, run_dir: Path) -> dict[str, Any]:
     if config.resume is None:
         save_config(config, run_dir / CONFIG_FILE)
     _keep_new_parameters(base, run_dir / NEW_PARAMETERS)
+    heads = head_weights(base.module, base.sites.values())
     base.module.to(device)
     learner = build_learner(config, base.module, base.sites, problem.objective)
+    parts = _Parts(
+        config=config, run_dir=run_dir, base=base, heads=heads, task=task, learner=learner
+    )
     try:
-        return _train(config, run_dir, base, task, learner)
+        return _train(parts)
     finally:
         learner.close()
 
@@ -101,10 +129,9 @@ def build_task(config: ExperimentConfig, problem: Problem, base: BaseModel) -> T
     )
 
 
-def _train(
-    config: ExperimentConfig, run_dir: Path, base: BaseModel, task: TaskData, learner: Learner
-) -> dict[str, Any]:
-    device = next(base.module.parameters()).device
+def _train(parts: _Parts) -> dict[str, Any]:
+    config, run_dir, task, learner = parts.config, parts.run_dir, parts.task, parts.learner
+    device = next(parts.base.module.parameters()).device
     stream = BatchStream(
         task, batch_size=config.trainer.batch_size, seed=config.seed, device=device
     )
@@ -134,7 +161,7 @@ def _train(
         tracker=tracker,
         device=device,
     )
-    _log_start(config, run_dir, base, task, learner, horizon)
+    _log_start(parts, horizon)
     # Seeded again: how many numbers the building took depends on the method, training must not.
     seed_everything(config.seed)
     if saved is not None:
@@ -143,7 +170,7 @@ def _train(
     try:
         with stop_request() as stop:
             trainer.run(stop)
-        summary = _report(config, run_dir, base, task, learner, trainer, horizon)
+        summary = _report(parts, trainer, horizon)
         curve = plot_learning_curve(
             read_metrics(run_dir),
             summary["result"]["metric"],
@@ -157,15 +184,8 @@ def _train(
     return summary
 
 
-def _report(
-    config: ExperimentConfig,
-    run_dir: Path,
-    base: BaseModel,
-    task: TaskData,
-    learner: Learner,
-    trainer: Trainer,
-    horizon: Horizon,
-) -> dict[str, Any]:
+def _report(parts: _Parts, trainer: Trainer, horizon: Horizon) -> dict[str, Any]:
+    task = parts.task
     scores = trainer.score(task.report)
     metric, value = next(iter(scores.items()))
     result = {
@@ -180,14 +200,14 @@ def _report(
     }
     logger.info("%s %.4f on %s (best of step %d)", metric, value, task.report.name,
                 trainer.progression.best_step)  # fmt: skip
-    _export(config, run_dir, base, learner, task.problem)
+    _export(parts)
     return build_summary(
-        config,
-        run_id=run_dir.name,
+        parts.config,
+        run_id=parts.run_dir.name,
         task=task.name,
         result=result,
-        num_sites=len(base.sites),
-        trainable_parameters=learner.num_trainable,
+        num_sites=len(parts.base.sites),
+        trainable_parameters=parts.learner.num_trainable,
         steps=horizon.steps,
         adaptations=horizon.adaptations,
         peaks_mib=trainer.progression.peaks_mib,
@@ -196,24 +216,23 @@ def _report(
     )
 
 
-def _export(
-    config: ExperimentConfig, run_dir: Path, base: BaseModel, learner: Learner, problem: Problem
-) -> None:
+def _export(parts: _Parts) -> None:
     """Adapters as files; PEFT's form too where it can hold them."""
-    adapters = learner.export()
+    config, objective = parts.config, parts.task.problem.objective
+    adapters = parts.learner.export()
     if not adapters:
         return
-    folder = run_dir / "adapters"
+    folder = parts.run_dir / "adapters"
     name = config.model.path or config.model.name
     export_adapters(folder, adapters, scale=config.adapter.alpha, base=name)
-    if can_export_peft(adapters, problem.objective):
+    if can_export_peft(adapters, objective):
         export_peft(
             folder / "peft",
             adapters,
-            load_file(run_dir / NEW_PARAMETERS) if base.new_parameters else {},
+            parts.heads,
             scale=config.adapter.alpha,
             base=name,
-            objective=problem.objective,
+            objective=objective,
         )
     logger.info("adapters are in %s", folder)
 
@@ -229,21 +248,15 @@ def _keep_new_parameters(base: BaseModel, path: Path) -> None:
         draft.replace(path)
 
 
-def _log_start(
-    config: ExperimentConfig,
-    run_dir: Path,
-    base: BaseModel,
-    task: TaskData,
-    learner: Learner,
-    horizon: Horizon,
-) -> None:
-    logger.info("run folder %s, seed %d", run_dir, config.seed)
+def _log_start(parts: _Parts, horizon: Horizon) -> None:
+    config, base, task = parts.config, parts.base, parts.task
+    logger.info("run folder %s, seed %d", parts.run_dir, config.seed)
     logger.info(
         "model %s: %s parameters, %d sites, %s trainable by %s",
         config.model.name,
         f"{base.num_parameters:,}",
         len(base.sites),
-        f"{learner.num_trainable:,}",
+        f"{parts.learner.num_trainable:,}",
         config.method.name.name,
     )
     logger.info(

@@ -6,20 +6,21 @@ what each is. Low-rank adapters of a text model are also written as `adapters/pe
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from cola.adapters import Adapter, LinearAdapter, LowRankAdapter
 from cola.config.schema import Objective
-from cola.sites import SiteKind, SiteName, to_base_layout
+from cola.sites import SiteKind, SiteName, SiteSpec, to_base_layout
 
 FORMAT_VERSION = 1
 _PREFIX = "base_model.model."
+_PEFT_HEADS = {"classifier", "score"}
 _TASK_TYPES = {
     Objective.classification: "SEQ_CLS",
     Objective.regression: "SEQ_CLS",
@@ -64,10 +65,25 @@ def can_export_peft(adapters: Mapping[SiteName, Adapter], objective: Objective) 
     )
 
 
+def head_weights(base_model: nn.Module, sites: Iterable[SiteSpec]) -> dict[str, Tensor]:
+    """Copies of the classification heads that a PEFT folder has to carry whole.
+
+    To be taken before training: a merge changes the weights in use. PEFT saves the heads of every
+    sequence classifier, new or not.
+    """
+    names = {spec.name.split(".")[0] for spec in sites if spec.is_head} | _PEFT_HEADS
+    return {
+        key: value.detach().cpu().clone()
+        for name, module in base_model.named_children()
+        if name in names
+        for key, value in module.state_dict(prefix=f"{name}.").items()
+    }
+
+
 def export_peft(
     folder: Path,
     adapters: Mapping[SiteName, Adapter],
-    new_parameters: Mapping[str, Tensor],
+    heads: Mapping[str, Tensor],
     *,
     scale: float,
     base: str,
@@ -78,25 +94,22 @@ def export_peft(
     Args:
         folder: made if missing.
         adapters: by site; `can_export_peft` must hold.
-        new_parameters: pristine values of what the base model's file lacks, heads among them.
+        heads: from `head_weights`.
         scale: alpha; `lora_alpha` is alpha * rank.
         base: id or path that PEFT users load the base model from.
         objective: names PEFT's task type.
     """
     tensors: dict[str, Tensor] = {}
     rank = 0
-    heads = [site for site, adapter in adapters.items() if adapter.spec.is_head]
-    body = {site: adapter for site, adapter in adapters.items() if site not in heads}
+    body = {site: adapter for site, adapter in adapters.items() if not adapter.spec.is_head}
     for site, adapter in body.items():
         assert isinstance(adapter, LowRankAdapter)
         rank = adapter.lora_a.shape[0]
         tensors[f"{_PREFIX}{site}.lora_A.weight"] = adapter.lora_a
         tensors[f"{_PREFIX}{site}.lora_B.weight"] = adapter.lora_b
-    saved = sorted({site.split(".")[0] for site in heads})
-    for name in saved:
-        for key, value in new_parameters.items():
-            if key.startswith(f"{name}."):
-                tensors[_PREFIX + key] = _with_delta(key, value, adapters, scale)
+    for key, value in heads.items():
+        tensors[_PREFIX + key] = _with_delta(key, value, adapters, scale)
+    saved = sorted({key.split(".")[0] for key in heads})
     config = {
         "peft_type": "LORA",
         "task_type": _TASK_TYPES[objective],

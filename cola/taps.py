@@ -61,6 +61,14 @@ class _TapGradient(torch.autograd.Function):
         return hidden_gradient, None, None, None
 
 
+def _same_tensor(tensor: Tensor) -> Tensor:
+    """The tensor that this one is a mere reshape of, rows kept; else itself."""
+    base = tensor._base
+    if base is None or base.numel() != tensor.numel() or base.shape[-1:] != tensor.shape[-1:]:
+        return tensor
+    return base if base.is_contiguous() and tensor.is_contiguous() else tensor
+
+
 class Taps:
     """Hooks on every site of a base model.
 
@@ -186,10 +194,12 @@ class Taps:
             self._require_graph(site)
             self._num_open[site] += 1
         report = partial(self._report, site)
-        result: Tensor = _TapGradient.apply(  # type: ignore[no-untyped-call]
-            adapted_hidden, hidden_input.detach(), self._anchor, report
+        # A view is tapped at its base (Conv1D returns one): it stays open to in-place operations.
+        whole = _same_tensor(adapted_hidden)
+        tapped: Tensor = _TapGradient.apply(  # type: ignore[no-untyped-call]
+            whole, hidden_input.detach(), self._anchor, report
         )
-        return result
+        return tapped if whole is adapted_hidden else tapped.view(adapted_hidden.shape)
 
     def _require_graph(self, site: SiteName) -> None:
         if not torch.is_grad_enabled():

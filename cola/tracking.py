@@ -7,7 +7,8 @@ its failure never stops a run.
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -80,18 +81,32 @@ class WandbTracker:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """One point of every curve."""
-        self._run.log(dict(metrics), step=step)
+        with _tolerated():
+            self._run.log(dict(metrics), step=step)
 
     def finish(self, summary: Mapping[str, Any], figures: Mapping[str, Path]) -> None:
         """The run's summary and figures."""
         import wandb
 
-        self._run.summary.update(dict(summary))
-        self._run.log({name: wandb.Image(str(path)) for name, path in figures.items()})
+        with _tolerated():
+            self._run.summary.update(dict(summary))
+            self._run.log({name: wandb.Image(str(path)) for name, path in figures.items()})
 
     def close(self) -> None:
         """Writes what is left."""
-        self._run.finish()
+        with _tolerated():
+            self._run.finish()
+
+
+@contextmanager
+def _tolerated() -> Iterator[None]:
+    """A tracker must not cost a run: its failure is a warning, the run's own files go on."""
+    import wandb
+
+    try:
+        yield
+    except (wandb.Error, OSError) as error:
+        logger.warning("Weights & Biases failed (%s); the run goes on with metrics.jsonl", error)
 
 
 class Trackers:
@@ -122,12 +137,8 @@ def build_tracker(
     """The trackers of a run; `run` holds its id, group and resolved configuration."""
     trackers: list[Tracker] = [FilesTracker(run_dir, last_step=last_step)]
     if config.name is TrackingName.wandb:
-        import wandb
-
-        try:
+        with _tolerated():
             trackers.append(WandbTracker(run_dir, config, run=run))
-        except (wandb.Error, OSError) as error:  # a tracker must not cost a run
-            logger.warning("Weights & Biases is off for this run (%s); see metrics.jsonl", error)
     return Trackers(trackers)
 
 

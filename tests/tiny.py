@@ -339,6 +339,13 @@ def train_clipping_each(
     return own
 
 
+def adapt(learner: Learner, batch: Batch, number: int) -> None:
+    """One batch, one adaptation."""
+    adaptation = Adaptation(number=number, learning_rate=0.05)
+    learner.record(batch, adaptation)
+    learner.update(adaptation)
+
+
 def joined(stream: Sequence[Batch]) -> Batch:
     """The batches as a single one."""
     return Batch(

@@ -55,7 +55,10 @@ def resolve_sites(
         )
     return {
         name: describe_site(
-            name, child, adapter_bias=adapter_bias or name in heads, is_head=name in heads
+            name,
+            child,
+            adapter_bias=_has_bias(child) if name in heads else adapter_bias,
+            is_head=name in heads,
         )
         for name, child in module.named_modules()
         if name in selected
@@ -127,3 +130,8 @@ def _nearest(entry: str, candidates: list[str]) -> list[str]:
     # Not difflib.get_close_matches: equally near names keep the model's order.
     ranked = sorted(candidates, key=lambda name: -SequenceMatcher(None, name, last_part).ratio())
     return ranked[:_NUM_NEAREST]
+
+
+def _has_bias(module: nn.Module) -> bool:
+    # A bias that the head itself lacks could be neither merged nor exported.
+    return getattr(module, "bias", None) is not None

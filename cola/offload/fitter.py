@@ -4,6 +4,7 @@ Lives on the offload device with the adapter and its optimizer state. Knows adap
 data, nothing of the base model.
 """
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -150,8 +151,8 @@ class AdapterFitter:
         """Continues from `state_dict`; keys of the optimizer's state may have become strings."""
         self.adapter.load_state_dict(state["adapter"])
         groups = self._optimizer.state_dict()["param_groups"]
-        moments = {int(index): value for index, value in state["optimizer"].items()}
+        moments = {int(index): copy.deepcopy(value) for index, value in state["optimizer"].items()}
         self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
         for name, parameter in self.adapter.named_parameters():
             gradient = state["gradient"].get(name)
-            parameter.grad = None if gradient is None else gradient.to(parameter)
+            parameter.grad = None if gradient is None else gradient.to(parameter, copy=True)

@@ -214,8 +214,11 @@ class Fleet:
         for slot in self._slots.values():  # the barrier: every gradient has to be complete
             for future in slot.pending:
                 future.result()
-        norms = [slot.fitter.gradient_norm(gradient_scale) for slot in self._slots.values()]
-        norm = torch.linalg.vector_norm(torch.stack(norms))
+        norms = torch.stack(
+            [slot.fitter.gradient_norm(gradient_scale) for slot in self._slots.values()]
+        )
+        # A site whose gradient is not finite stops by itself; it must not spoil the others.
+        norm = torch.linalg.vector_norm(torch.where(norms.isfinite(), norms, 0.0))
         factor: Tensor = clip_norm / (norm + 1e-6)
         return factor.clamp(max=1.0)
 

@@ -1,0 +1,173 @@
+"""A dry run's facts: the published counts, bytes on the wire, memory by owner; offline."""
+
+import functools
+import socket
+
+import pytest
+
+from cola.dry_run import DryRun, estimate, print_dry_run
+from tests.configs import composed
+from tests.runs import run
+
+ROBERTA = "task=glue"
+MNIST = "task.image_shape=[1,28,28]"
+CIFAR10 = "task.image_shape=[3,32,32]"
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a dry run opened a connection")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@functools.cache
+def facts(*overrides: str) -> DryRun:
+    return estimate(composed("dry_run=true", *overrides).config)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "trainable"), [("lowrank", 887_042), ("linear", 14_747_906), ("mlp", 8_484_098)]
+)
+def test_counts_of_roberta_base(adapter, trainable):
+    dry = facts(ROBERTA, f"adapter={adapter}", "offload=cpu")
+    assert (dry.sites, dry.trainable_parameters) == (26, trainable)
+
+
+# Method, section 4: lowrank, linear, mlp.
+IMAGE_COUNTS = {
+    ("linear", MNIST): (1, [6_352, 7_850, 136_074]),
+    ("linear", CIFAR10): (1, [24_656, 30_730, 428_938]),
+    ("mlp", MNIST): (3, [12_496, 136_074, 350_218]),
+    ("mlp", CIFAR10): (3, [30_800, 428_938, 643_082]),
+    ("cnn", MNIST): (5, [44_184, 1_554_954, 538_058]),
+    ("cnn", CIFAR10): (5, [44_328, 1_556_106, 538_314]),
+}
+
+
+@pytest.mark.parametrize(("model", "shape"), IMAGE_COUNTS)
+def test_counts_of_image_models(model, shape):
+    sites, counts = IMAGE_COUNTS[model, shape]
+    for adapter, trainable in zip(["lowrank", "linear", "mlp"], counts, strict=True):
+        dry = facts("task=mnist", f"model={model}", shape, f"adapter={adapter}")
+        assert (dry.sites, dry.trainable_parameters) == (sites, trainable)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "trainable"),
+    [((ROBERTA,), 887_042), (("task=mnist", "model=cnn"), 44_184), (("task=mnist",), 12_496)],
+)
+def test_counts_of_lora_are_those_of_lowrank(overrides, trainable):
+    assert facts(*overrides, "method=lora").trainable_parameters == trainable
+
+
+def test_counts_of_full_fine_tuning_are_all_parameters():
+    dry = facts(ROBERTA, "method=ft")
+    assert dry.trainable_parameters == dry.base_parameters == 124_647_170
+
+
+def test_counts_follow_the_labels_of_a_subset():
+    dry = facts(ROBERTA, "task.subset=mnli")
+    assert dry.trainable_parameters == 887_042 + 769  # three labels
+
+
+def test_wire_of_roberta_base_is_that_of_the_paper_when_offloaded():
+    dry = facts(ROBERTA, "adapter=lowrank", "offload=cpu")  # batch 32, length 128
+    bodies = 24 * 2 * 32 * 128 * 768 * 4  # q and v: x and gradient, float32
+    heads = 32 * (768 + 768 + 768 + 2) * 4
+    assert dry.wire_out_bytes == bodies + heads
+    assert dry.wire_out_bytes == pytest.approx(0.60e9, rel=0.01)
+    assert dry.wire_back_bytes == 887_042 * 4
+
+
+@pytest.mark.parametrize(
+    "overrides", [("offload=none",), ("method=lora",), ("method=ft",)], ids=" ".join
+)
+def test_nothing_travels_without_offload(overrides):
+    dry = facts("task=synthetic", *overrides)
+    assert (dry.wire_out_bytes, dry.wire_back_bytes) == (0, 0)
+
+
+def test_merged_weights_travel_back_when_merged():
+    dry = facts("task=synthetic", "offload=cpu", "merge=merged")
+    assert dry.wire_back_bytes == (4 * 64 * 64 + 64 * 64 + 64 * 2) * 4  # q, v, the two heads
+
+
+def test_bfloat16_halves_the_wire():
+    wide, narrow = (
+        facts("task=synthetic", "offload=cpu", f"model.dtype={dtype}").wire_out_bytes
+        for dtype in ("float32", "bfloat16")
+    )
+    assert wide == 2 * narrow
+
+
+def test_memory_of_adapters_is_on_the_host_when_offloaded():
+    dry = facts("task=synthetic", "offload=cpu")
+    size = dry.trainable_parameters * 4
+    base, host = dry.memory_bytes["base"], dry.memory_bytes["host"]
+    assert base["adapters"] == size
+    assert (host["adapters"], host["gradients"], host["optimizer"]) == (size, size, 2 * size)
+    assert "optimizer" not in base
+
+
+def test_memory_of_the_base_device_is_independent_of_the_adapter_when_merged():
+    bases = [
+        facts("task=synthetic", "offload=cpu", "merge=merged", *adapter).memory_bytes["base"]
+        for adapter in (["adapter=lowrank"], ["adapter=linear"], ["adapter.rank=32"])
+    ]
+    assert bases[0] == bases[1] == bases[2]
+    assert "adapters" not in bases[0]
+
+
+def test_memory_of_pristine_weights_lies_where_they_are_kept():
+    merged = ("task=synthetic", "offload=cpu", "merge=merged")
+    weights = (4 * 64 * 64 + 64 * 64 + 64 * 2) * 4
+    assert facts(*merged).memory_bytes["host"]["pristine weights"] == weights
+    on_base = facts(*merged, "merge.pristine=base").memory_bytes
+    assert on_base["base"]["pristine weights"] == weights
+    assert "pristine weights" not in on_base["host"]
+
+
+def test_memory_of_baselines_is_on_the_base_device():
+    lora, ft = (facts("task=synthetic", f"method={method}") for method in ("lora", "ft"))
+    assert set(lora.memory_bytes) == set(ft.memory_bytes) == {"base"}
+    assert lora.memory_bytes["base"]["adapters"] == lora.trainable_parameters * 4
+    assert ft.memory_bytes["base"]["optimizer"] == 2 * ft.base_parameters * 4
+    assert "adapters" not in ft.memory_bytes["base"]
+
+
+def test_memory_of_sgd_has_one_moment():
+    dry = facts("task=mnist", "optimizer.name=sgd")
+    assert dry.memory_bytes["base"]["optimizer"] == dry.trainable_parameters * 4
+
+
+def test_table_states_the_facts(capsys):
+    print_dry_run(composed(ROBERTA, "dry_run=true", "offload=cpu").config)
+    lines = capsys.readouterr().out.splitlines()
+    cells = {c[1]: c[2] for line in lines if len(c := [x.strip() for x in line.split("|")]) == 4}
+    assert cells["task"] == "glue/mrpc"
+    assert cells["sites (M)"] == "26"
+    assert cells["base parameters"] == "124,647,170"
+    assert cells["trainable parameters"] == "887,042"
+    assert cells["wire, base to offload, MiB per step (batch 32, length 128)"] == "576.28"
+    assert any(line.startswith("| host   | optimizer") for line in lines)
+
+
+def test_table_of_images_has_no_length(capsys):
+    print_dry_run(composed("task=mnist", "dry_run=true").config)
+    assert "MiB per step (batch 256)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [("model=tiny-gpt2",), ("adapter=mlp",)],
+    ids=" ".join,
+)
+def test_counts_are_those_of_the_run(tmp_path, overrides):
+    settings = ("task=synthetic", "task.max_train_rows=32", *overrides)
+    summary = run(tmp_path, *settings, "trainer.max_steps=1").summary
+    dry = facts(*settings)
+    assert summary["trainable_parameters"] == dry.trainable_parameters
+    assert summary["sites"] == dry.sites
