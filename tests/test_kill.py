@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from cola.cli import train
 from cola.cli.app import DONE, INTERRUPTED, run_command
@@ -201,6 +202,10 @@ def resumed_config(folder: Path, *overrides: str) -> tuple[ExperimentConfig, Pat
     return resolve_resume(composed_run.config, composed_run.given, folder)
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available(),
+    reason="autograd's GPU threads do not survive a fork; see slow tests",
+)
 def test_run_killed_by_sigkill_resumes_with_the_same_bits(tmp_path):
     folder = tmp_path / "killed"
     # A fork has everything imported already, which takes a process of its own ten seconds.

@@ -182,6 +182,31 @@ def test_pending_batches_of_a_site_are_bounded(
     assert data().num_bytes <= peak <= (MAX_PENDING_PER_SITE + 1) * data().num_bytes
 
 
+@pytest.mark.parametrize("ask", ["state", "evaluation", "export"])
+def test_everything_under_way_ends_before_a_learner_is_looked_at(
+    monkeypatch: pytest.MonkeyPatch, ask: str
+) -> None:
+    base = tiny.net()
+    learner = tiny.gradient_learner(base, tiny.filled_adapters(base, LOWRANK), offload="cpu")
+    done, may_go, accumulate = [], threading.Event(), AdapterFitter.accumulate
+
+    def hold(fitter: AdapterFitter, batch: AdaptationData) -> None:
+        may_go.wait()
+        accumulate(fitter, batch)
+        done.append(batch)
+
+    monkeypatch.setattr(AdapterFitter, "accumulate", hold)
+    (batch,) = tiny.batches(base, 1)
+    learner.record(batch, None)
+    threading.Timer(0.05, may_go.set).start()
+    if ask == "evaluation":
+        tiny.logits(learner, batch)
+    else:
+        assert learner.state_dict() if ask == "state" else learner.export()
+    assert len(done) == 6
+    learner.close()
+
+
 def test_bytes_on_the_wire_are_counted_where_there_is_one(build_fleet: FleetBuilder) -> None:
     sent = {}
     for offload in ("none", "cpu"):

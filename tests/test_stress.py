@@ -14,6 +14,7 @@ from cola.config.schema import AdapterKind, MergeMode
 from cola.interfaces import Adaptation
 from cola.merging import Bank, Merger
 from cola.offload.fitter import AdapterFitter
+from cola.offload.fleet import Fleet
 from cola.offload.transfer import Transfer
 from tests import tiny
 from tests.tolerances import EXACT
@@ -21,6 +22,7 @@ from tests.tolerances import EXACT
 MAX_DELAY_SECONDS = 0.003
 HANDOVERS = [
     (Transfer, "send"),
+    (Fleet, "close"),  # a delay after it lets a fit overtake the site's own product with W
     (AdapterFitter, "accumulate"),
     (AdapterFitter, "step"),
     (Bank, "publish"),
@@ -32,13 +34,18 @@ NUM_STEPS = 9
 def delay_handovers(monkeypatch: pytest.MonkeyPatch, generator: random.Random) -> None:
     lock = threading.Lock()
 
+    def pause() -> None:
+        with lock:
+            # Most are short: long ones together would only line everything up again.
+            seconds = MAX_DELAY_SECONDS * generator.random() ** 4
+        time.sleep(seconds)
+
     def delayed(call: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            with lock:
-                # Most are short: long ones together would only line everything up again.
-                seconds = MAX_DELAY_SECONDS * generator.random() ** 4
-            time.sleep(seconds)
-            return call(*args, **kwargs)
+            pause()
+            result = call(*args, **kwargs)
+            pause()
+            return result
 
         return run
 
