@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cola.adapters import Adapter, LinearAdapter, LowRankAdapter
+from cola.adapters import Adapter, LowRankAdapter, require_mergeable
 from cola.config.schema import Objective
 from cola.sites import SiteKind, SiteName, SiteSpec, to_base_layout
 
@@ -89,7 +89,7 @@ def export_peft(
     base: str,
     objective: Objective,
 ) -> None:
-    """Writes low-rank adapters as a PEFT LoRA folder; new heads go along as saved modules.
+    """Writes low-rank adapters as a PEFT LoRA folder; heads go along whole, as saved modules.
 
     Args:
         folder: made if missing.
@@ -101,7 +101,8 @@ def export_peft(
     """
     tensors: dict[str, Tensor] = {}
     rank = 0
-    body = {site: adapter for site, adapter in adapters.items() if not adapter.spec.is_head}
+    saved = sorted({key.split(".")[0] for key in heads})
+    body = {s: adapter for s, adapter in adapters.items() if s.split(".")[0] not in saved}
     for site, adapter in body.items():
         assert isinstance(adapter, LowRankAdapter)
         rank = adapter.lora_a.shape[0]
@@ -109,7 +110,6 @@ def export_peft(
         tensors[f"{_PREFIX}{site}.lora_B.weight"] = adapter.lora_b
     for key, value in heads.items():
         tensors[_PREFIX + key] = _with_delta(key, value, adapters, scale)
-    saved = sorted({key.split(".")[0] for key in heads})
     config = {
         "peft_type": "LORA",
         "task_type": _TASK_TYPES[objective],
@@ -135,8 +135,9 @@ def _with_delta(
 ) -> Tensor:
     site, _, leaf = key.rpartition(".")
     adapter = adapters.get(site)
-    if not isinstance(adapter, LinearAdapter):
+    if adapter is None:
         return value
+    adapter = require_mergeable(adapter)
     delta = {
         "weight": to_base_layout(adapter.delta_weight(), adapter.spec),
         "bias": adapter.delta_bias(),

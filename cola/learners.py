@@ -1,6 +1,5 @@
 """Wires a learner from its parts: the one place that knows which parts a method needs."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -206,7 +205,7 @@ def _build_lora(
 def _num_workers(config: ExperimentConfig) -> int:
     if config.offload.name is OffloadTarget.none:
         return 0
-    return config.offload.workers or max(1, (os.cpu_count() or 1) // CORES_PER_WORKER)
+    return config.offload.workers or max(1, torch.get_num_threads() // CORES_PER_WORKER)
 
 
 def _placement(
@@ -240,7 +239,7 @@ def _placement(
 def _workers(num_workers: int, base_device: torch.device) -> list[Worker]:
     if num_workers == 0:
         return [InlineWorker(base_device)]
-    cores = max(1, (os.cpu_count() or 1) // num_workers)
+    cores = max(1, torch.get_num_threads() // num_workers)
     return [
         ThreadWorker(f"offload-{index}", num_threads=min(cores, CORES_PER_WORKER))
         for index in range(num_workers)

@@ -1,10 +1,12 @@
 """A dry run's facts: the published counts, bytes on the wire, memory by owner; offline."""
 
+import dataclasses
 import functools
 import socket
 
 import pytest
 
+from cola.config.schema import AdapterKind
 from cola.dry_run import DryRun, estimate, print_dry_run
 from tests.configs import composed
 from tests.runs import run
@@ -50,8 +52,10 @@ IMAGE_COUNTS = {
 @pytest.mark.parametrize(("model", "shape"), IMAGE_COUNTS)
 def test_counts_of_image_models(model, shape):
     sites, counts = IMAGE_COUNTS[model, shape]
-    for adapter, trainable in zip(["lowrank", "linear", "mlp"], counts, strict=True):
-        dry = facts("task=mnist", f"model={model}", shape, f"adapter={adapter}")
+    config = composed("task=mnist", f"model={model}", shape).config
+    for kind, trainable in zip(("lowrank", "linear", "mlp"), counts, strict=True):
+        adapter = dataclasses.replace(config.adapter, kind=AdapterKind[kind])
+        dry = estimate(dataclasses.replace(config, adapter=adapter))
         assert (dry.sites, dry.trainable_parameters) == (sites, trainable)
 
 

@@ -255,6 +255,7 @@ def test_best_parameters_are_reported_and_exported(tmp_path, monkeypatch):
     assert result["scores"] == short.summary["result"]["scores"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("adapter", "merge"), [("lowrank", "unmerged"), ("linear", "merged")])
 def test_evaluation_may_merge_otherwise_than_training(tmp_path, adapter, merge):
     other = {"unmerged": "merged", "merged": "unmerged"}[merge]
@@ -305,7 +306,7 @@ def stsb(tmp_path_factory):
 
 TASKS = ("classification", "regression", "causal", "image")
 # One task shows every cell, and every task some of each kind; `slow` has the rest.
-OFTEN = (CELLS[0], CELLS[4], ("adapter=mlp", "merge=unmerged"), ("method=lora",))
+OFTEN = (("adapter=linear", "merge=merged"), ("adapter=mlp", "merge=unmerged"))
 
 
 def _cells() -> list[Any]:

@@ -123,6 +123,16 @@ def test_peft_gives_the_trained_logits(tmp_path, monkeypatch, bases, base, overr
         assert (logits(model) - wanted).abs().max() > 1e-3  # the adapters say something
 
 
+@pytest.mark.parametrize("overrides", [COLA, LORA])
+def test_peft_gives_the_trained_logits_with_sites_in_a_stored_head(
+    tmp_path, monkeypatch, bases, overrides
+):
+    model = ("model=hf", f"model.path={bases['headed']}", "model.sites=[query,dense]")
+    done, wanted = trained(monkeypatch, tmp_path, *model, *overrides)
+    found = logits(load_peft(done, bases["headed"], is_causal=False))
+    torch.testing.assert_close(found, wanted, rtol=FLOAT32, atol=FLOAT32)
+
+
 def test_peft_folder_names_its_base_and_heads(tmp_path, monkeypatch, bases):
     done, _ = trained(monkeypatch, tmp_path, "model=hf", f"model.path={bases['headless']}")
     config = json.loads((done.folder / "adapters/peft/adapter_config.json").read_text())

@@ -106,6 +106,7 @@ def test_run_killed_twice_resumes_with_the_same_bits(tmp_path, monkeypatch):
     assert_equal_runs(run(tmp_path / "killed", *settings, resume=True), wanted)
 
 
+@pytest.mark.slow
 def test_run_killed_before_its_first_checkpoint_starts_over(tmp_path, monkeypatch):
     settings = (*SHORT, *MODES["host"], "checkpoint.every=6")
     wanted = run(tmp_path / "whole", *settings)
@@ -207,21 +208,21 @@ def resumed_config(folder: Path, *overrides: str) -> tuple[ExperimentConfig, Pat
     reason="autograd's GPU threads do not survive a fork; see slow tests",
 )
 def test_run_killed_by_sigkill_resumes_with_the_same_bits(tmp_path):
-    folder = tmp_path / "killed"
+    folder, settings = tmp_path / "killed", (*LONG, "trainer.max_steps=20")
     # A fork has everything imported already, which takes a process of its own ten seconds.
-    child = multiprocessing.get_context("fork").Process(target=run, args=(folder, *LONG[:-2]))
+    child = multiprocessing.get_context("fork").Process(target=run, args=(folder, *settings))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Python 3.12: tqdm's thread does not follow the fork
         child.start()
     try:
-        wait_for(folder, 10, child.is_alive)
+        wait_for(folder, 5, child.is_alive)
     finally:
         child.kill()
         child.join()
     assert child.exitcode == -signal.SIGKILL
     assert not (folder / "summary.json").exists()
-    wanted = run(tmp_path / "whole", *LONG[:-2])
-    config, found_folder = resumed_config(folder, *LONG, "resume=auto")
+    wanted = run(tmp_path / "whole", *settings)
+    config, found_folder = resumed_config(folder, *settings, "resume=auto")
     assert found_folder == folder
     assert_equal_runs(Run(folder=folder, summary=run_experiment(config, folder)), wanted)
 
