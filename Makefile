@@ -31,7 +31,7 @@ layers: install ## import-linter: imports go downward only
 	$(BIN)/lint-imports
 
 test: install ## tests that need no network and no GPU (under two minutes)
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: install ## the slow tests too
 	$(BIN)/pytest -m 'not gpu and not network'
