@@ -56,7 +56,7 @@ def resolved(base, method="cola", adapter="lowrank", subset=None) -> ExperimentC
         # Images.
         ((IMAGES, "cola", "lowrank"), 3e-2),
         ((IMAGES, "ft"), 3e-2),
-        # Small encoders (method.md, section 10.8).
+        # Small encoders (docs/results/mrpc.json).
         ((HF, "ft", "lowrank", "mrpc"), 5e-5),
         ((HF, "lora", "lowrank", "mrpc"), 3e-3),
         ((HF, "cola", "lowrank", "mrpc"), 3e-3),

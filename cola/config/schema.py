@@ -12,7 +12,7 @@ from omegaconf import MISSING
 
 
 class AdapterKind(Enum):
-    """Structure of an adapter g_w (method: section 4)."""
+    """Structure of an adapter g_w."""
 
     lowrank = "lowrank"
     linear = "linear"

@@ -1,7 +1,7 @@
 """Hugging Face base models: pretrained, random from an architecture, or shapes on the meta device.
 
 Losses are computed by the tasks, so no labels ever reach these models. New heads are found by the
-keys that the pretrained files lack (method: section 4).
+keys that the pretrained files lack.
 """
 
 import logging
