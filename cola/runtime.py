@@ -31,13 +31,6 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def resolve_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a configured name."""
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
-
-
 def seed_everything(seed: int) -> None:
     """Seeds every global generator: dropout of the base model draws from them."""
     random.seed(seed)
