@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cola.config.schema import Reduction
+from cola.config.choices import Reduction
 
 
 @dataclass(frozen=True, kw_only=True)

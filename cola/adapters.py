@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cola.config.schema import AdapterConfig, AdapterKind
+from cola.config.choices import AdapterKind
+from cola.config.schema import AdapterConfig
 from cola.errors import MergeError, SiteError
 from cola.sites import SiteKind, SiteName, SiteSpec
 

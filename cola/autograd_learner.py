@@ -15,7 +15,8 @@ from torch.nn.utils import clip_grad_norm_
 
 from cola.adaptation_data import IntervalWeights
 from cola.adapters import Adapter
-from cola.config.schema import ClipMode, Objective, OptimizerConfig, Reduction
+from cola.config.choices import ClipMode, Objective, Reduction
+from cola.config.schema import OptimizerConfig
 from cola.interfaces import Adaptation, Batch, Measurements
 from cola.meters import BusyTimer, add_held, count_bytes
 from cola.objectives import task_loss

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cola.adapters import Adapter, build_adapter
-from cola.config.schema import (
-    ExperimentConfig,
+from cola.config.choices import (
     MergeMode,
     MethodName,
     Objective,
@@ -22,6 +21,7 @@ from cola.config.schema import (
     OptimizerName,
     Pristine,
 )
+from cola.config.schema import ExperimentConfig
 from cola.experiment import check_sites
 from cola.interfaces import Batch, Problem
 from cola.meters import MIB, count_bytes

@@ -11,14 +11,9 @@ from torch import Tensor
 
 from cola.batches import BatchStream
 from cola.checkpoint import Checkpoints, new_parameters, restore_parameters
+from cola.config.choices import AdapterKind, EvaluationMerge, MergeMode, MethodName
 from cola.config.identity import CONFIG_FILE, config_values, save_config
-from cola.config.schema import (
-    AdapterKind,
-    EvaluationMerge,
-    ExperimentConfig,
-    MergeMode,
-    MethodName,
-)
+from cola.config.schema import ExperimentConfig
 from cola.errors import SiteError
 from cola.export import can_export_peft, export_adapters, export_peft, head_weights
 from cola.interfaces import Learner, Problem, TaskData

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cola.adapters import Adapter, LowRankAdapter, require_mergeable
-from cola.config.schema import Objective
+from cola.config.choices import Objective
 from cola.sites import SiteKind, SiteName, SiteSpec, to_base_layout
 
 FORMAT_VERSION = 1

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cola.adaptation_data import IntervalWeights
 from cola.adapters import Adapter
-from cola.config.schema import Objective, Reduction
+from cola.config.choices import Objective, Reduction
 from cola.interfaces import Adaptation, Batch, Measurements, Placement
 from cola.merging import Merger
 from cola.meters import BusyTimer, add_held, count_bytes

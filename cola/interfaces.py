@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cola.adaptation_data import AdaptationData
 from cola.adapters import Adapter
-from cola.config.schema import Objective
+from cola.config.choices import Objective
 from cola.sites import SiteName
 
 Example = Mapping[str, Any]

@@ -8,18 +8,17 @@ from torch import nn
 
 from cola.adapters import Adapter, build_adapter
 from cola.autograd_learner import AutogradLearner
-from cola.config.schema import (
+from cola.config.choices import (
     EvaluationMerge,
-    ExperimentConfig,
     MergeMode,
     MethodName,
     Objective,
     OffloadTarget,
-    OptimizerConfig,
     Pristine,
     Reduction,
     Rounding,
 )
+from cola.config.schema import ExperimentConfig, OptimizerConfig
 from cola.gradient_learner import GradientLearner, set_training_mode
 from cola.interfaces import Learner, Placement
 from cola.lora import inject_lora

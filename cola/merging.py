@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cola.adapters import Adapter, install_parameters, require_mergeable, skeleton
-from cola.config.schema import Pristine, Rounding
+from cola.config.choices import Pristine, Rounding
 from cola.sites import SiteName, SiteSpec, to_base_layout
 
 

@@ -14,7 +14,7 @@ from datasets import Features, Value
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cola.config.schema import Objective
+from cola.config.choices import Objective
 from cola.errors import ConfigError
 from cola.interfaces import Score
 

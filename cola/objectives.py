@@ -6,7 +6,7 @@ Every loss is a mean over its scored terms; hidden gradients carry that mean to 
 from torch import Tensor
 from torch.nn import functional
 
-from cola.config.schema import Objective
+from cola.config.choices import Objective
 from cola.interfaces import Batch
 
 IGNORED = -100

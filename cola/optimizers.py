@@ -6,7 +6,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from cola.config.schema import OptimizerConfig, OptimizerName, ScheduleConfig, ScheduleName
+from cola.config.choices import OptimizerName, ScheduleName
+from cola.config.schema import OptimizerConfig, ScheduleConfig
 
 
 def build_optimizer(

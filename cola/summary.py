@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 import cola
+from cola.config.choices import MethodName
 from cola.config.identity import SUMMARY_FILE, config_hash
-from cola.config.schema import ExperimentConfig, MethodName
+from cola.config.schema import ExperimentConfig
 
 _LIBRARIES = ("torch", "transformers", "peft", "datasets", "hydra-core")
 

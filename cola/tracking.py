@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from cola.config.schema import TrackingConfig, TrackingName
+from cola.config.choices import TrackingName
+from cola.config.schema import TrackingConfig
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from cola.batches import BatchStream
 from cola.checkpoint import Checkpoints
-from cola.config.schema import SelectOn, TrainerConfig
+from cola.config.choices import SelectOn
+from cola.config.schema import TrainerConfig
 from cola.errors import TrainingError
 from cola.evaluation import evaluate
 from cola.interfaces import Adaptation, Learner, Measurements, Split, TaskData

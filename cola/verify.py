@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from cola.adapters import Adapter, MLPAdapter, adapter_generator, build_adapter
 from cola.batches import BatchStream
-from cola.config.schema import DType, ExperimentConfig, MergeMode, MethodName
+from cola.config.choices import DType, MergeMode, MethodName
+from cola.config.schema import ExperimentConfig
 from cola.errors import ConfigError
 from cola.experiment import build_task, check_sites
 from cola.interfaces import Batch

@@ -17,7 +17,8 @@ from cola.adapters import (
     require_mergeable,
     skeleton,
 )
-from cola.config.schema import AdapterConfig, AdapterKind
+from cola.config.choices import AdapterKind
+from cola.config.schema import AdapterConfig
 from cola.errors import MergeError, SiteError
 from cola.sites import SiteKind, SiteSpec, describe_site
 from tests import tiny

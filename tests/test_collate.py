@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cola.config.schema import Objective, Padding, TaskConfig
+from cola.config.choices import Objective, Padding
+from cola.config.schema import TaskConfig
 from cola.errors import ConfigError
 from cola.tasks.collate import (
     CausalCollator,

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from cola.config.choices import AdapterKind, ClipMode, MergeMode, TrackingName
 from cola.config.groups import conf_dir, describe_choice, group_choices
 from cola.config.keys import flatten, nearest, schema_keys
-from cola.config.schema import AdapterKind, ClipMode, MergeMode, TrackingName
 from cola.config.store import compose_config, compose_run
 from cola.errors import ConfigError
 from tests.configs import composed

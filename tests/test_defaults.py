@@ -5,8 +5,9 @@ import functools
 
 import pytest
 
+from cola.config.choices import AdapterKind, ClipMode, MethodName
 from cola.config.defaults import LEARNING_RATES, resolve_defaults
-from cola.config.schema import AdapterKind, ClipMode, ExperimentConfig, MethodName
+from cola.config.schema import ExperimentConfig
 from cola.config.store import compose_config
 from cola.errors import ConfigError
 

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from cola.config.schema import AdapterKind
+from cola.config.choices import AdapterKind
 from cola.dry_run import DryRun, estimate, print_dry_run
 from tests.configs import composed
 from tests.runs import run

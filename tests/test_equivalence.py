@@ -6,7 +6,7 @@ import functools
 import pytest
 
 from cola.adapters import Adapter
-from cola.config.schema import AdapterKind, MergeMode
+from cola.config.choices import AdapterKind, MergeMode
 from cola.sites import SiteName
 from tests import tiny
 from tests.tolerances import EXACT

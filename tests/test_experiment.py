@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import cola
+from cola.config.choices import MergeMode
 from cola.config.identity import CONFIG_FILE, config_hash, load_config
-from cola.config.schema import MergeMode
 from cola.errors import ConfigError, OffloadError, SiteError, TrainingError
 from cola.experiment import run_experiment
 from tests.runs import CONSTANT_RATE, Run, config_of, run, small_synthetic, write_rows

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cola import trainer
-from cola.config.schema import Objective
+from cola.config.choices import Objective
 from cola.export import can_export_peft
 from cola.interfaces import Problem
 from cola.models import build_base_model

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from cola.config.schema import AdapterKind, MergeMode
+from cola.config.choices import AdapterKind, MergeMode
 from tests import tiny
 from tests.tolerances import EXACT
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cola.adaptation_data import AdaptationData, concatenate
 from cola.adapters import Adapter
-from cola.config.schema import AdapterKind
+from cola.config.choices import AdapterKind
 from cola.gradient_learning import adapter_gradients, surrogate_gradients, surrogate_loss
 from cola.sites import flatten_rows
 from tests import tiny

@@ -7,15 +7,8 @@ import pytest
 import torch
 
 from cola.adaptation_data import IntervalWeights
-from cola.config.schema import (
-    AdapterKind,
-    MergeMode,
-    Objective,
-    Reduction,
-    ScheduleConfig,
-    ScheduleName,
-    TrainerConfig,
-)
+from cola.config.choices import AdapterKind, MergeMode, Objective, Reduction, ScheduleName
+from cola.config.schema import ScheduleConfig, TrainerConfig
 from cola.interfaces import Adaptation, Batch
 from cola.objectives import task_loss
 from cola.optimizers import LearningRateSchedule

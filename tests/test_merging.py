@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from cola.adapters import LinearAdapter, MergeableAdapter, require_mergeable
-from cola.config.schema import AdapterKind, MergeMode, Pristine, Rounding
+from cola.config.choices import AdapterKind, MergeMode, Pristine, Rounding
 from cola.errors import MergeError
 from cola.merging import Bank, Merger
 from cola.sites import describe_site

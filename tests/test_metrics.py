@@ -9,7 +9,7 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, matthews_corrcoef
 from torch import Tensor
 
-from cola.config.schema import Objective
+from cola.config.choices import Objective
 from cola.errors import ConfigError
 from cola.metrics import build_score
 

@@ -13,7 +13,8 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from cola.config.schema import DType, ModelConfig, Objective
+from cola.config.choices import DType, Objective
+from cola.config.schema import ModelConfig
 from cola.errors import ConfigError, SiteError
 from cola.interfaces import Problem
 from cola.models import (
@@ -569,7 +570,8 @@ def test_masked_model_is_no_decoder(encoder_folder: Path) -> None:
 def test_image_models_import_neither_transformers_nor_peft() -> None:
     script = (
         "import sys\n"
-        "from cola.config.schema import ModelConfig, ModelSource, Objective\n"
+        "from cola.config.choices import ModelSource, Objective\n"
+        "from cola.config.schema import ModelConfig\n"
         "from cola.interfaces import Problem\n"
         "from cola.models import build_base_model, check_rank\n"
         "model = ModelConfig(name='linear', source=ModelSource.image,\n"

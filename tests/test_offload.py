@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from cola.adaptation_data import AdaptationData
 from cola.adapters import Adapter
 from cola.checkpoint import load_state, save_state
-from cola.config.schema import AdapterKind, MergeMode, Objective, OptimizerConfig
+from cola.config.choices import AdapterKind, MergeMode, Objective
+from cola.config.schema import OptimizerConfig
 from cola.errors import OffloadError
 from cola.gradient_learner import GradientLearner
 from cola.interfaces import Adaptation, Batch

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from cola.config.choices import AdapterKind, TrackingName
 from cola.config.identity import config_hash, load_config, save_config
 from cola.config.resume import resolve_resume
-from cola.config.schema import AdapterKind, TrackingName
 from cola.config.store import compose_config
 from cola.errors import ConfigError
 from tests.configs import changed, composed

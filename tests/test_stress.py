@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from cola.config.schema import AdapterKind, MergeMode
+from cola.config.choices import AdapterKind, MergeMode
 from cola.interfaces import Adaptation
 from cola.merging import Bank, Merger
 from cola.offload.fitter import AdapterFitter

@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from cola.adaptation_data import AdaptationData
 from cola.adapters import Adapter
-from cola.config.schema import AdapterKind, MergeMode, Objective
+from cola.config.choices import AdapterKind, MergeMode, Objective
 from cola.errors import SiteError
 from cola.interfaces import Adaptation, Batch
 from cola.merging import Merger

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from cola.config.schema import Family, Objective, TaskConfig
+from cola.config.choices import Family, Objective
+from cola.config.schema import TaskConfig
 from cola.errors import ConfigError, DataError
 from cola.interfaces import Split, TaskData
 from cola.synthetic_language import CATEGORY_OPENINGS, synthetic_words

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from cola.config.schema import TrackingConfig, TrackingName
+from cola.config.choices import TrackingName
+from cola.config.schema import TrackingConfig
 from cola.tracking import FilesTracker, build_tracker, read_metrics
 from tests.runs import config_of, run, small_synthetic
 

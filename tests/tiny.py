@@ -11,18 +11,17 @@ from torch.utils.checkpoint import checkpoint
 
 from cola.adapters import Adapter, build_adapter
 from cola.autograd_learner import AutogradLearner
-from cola.config.schema import (
-    AdapterConfig,
+from cola.config.choices import (
     AdapterKind,
     ClipMode,
     MergeMode,
     Objective,
-    OptimizerConfig,
     OptimizerName,
     Pristine,
     Reduction,
     Rounding,
 )
+from cola.config.schema import AdapterConfig, OptimizerConfig
 from cola.gradient_learner import GradientLearner, set_training_mode
 from cola.interfaces import Adaptation, Batch, Learner
 from cola.learners import GradientLearning, build_gradient_learner

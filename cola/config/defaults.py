@@ -8,13 +8,8 @@ import dataclasses
 import fnmatch
 from dataclasses import dataclass
 
-from cola.config.schema import (
-    AdapterKind,
-    ClipMode,
-    ExperimentConfig,
-    MethodName,
-    ModelSource,
-)
+from cola.config.choices import AdapterKind, ClipMode, MethodName, ModelSource
+from cola.config.schema import ExperimentConfig
 from cola.errors import ConfigError
 
 

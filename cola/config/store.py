@@ -22,11 +22,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
+from cola.config.choices import MethodName
 from cola.config.defaults import resolve_defaults
 from cola.config.groups import conf_dir
 from cola.config.keys import find_key
 from cola.config.overrides import check_overrides
-from cola.config.schema import ExperimentConfig, MethodName
+from cola.config.schema import ExperimentConfig
 from cola.config.validation import validate
 from cola.errors import ConfigError
 

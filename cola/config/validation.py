@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cola.config.keys import choice_key, flatten, nearest_words, word
-from cola.config.schema import (
+from cola.config.choices import (
     AdapterKind,
     ClipMode,
     DType,
     EvaluationMerge,
-    ExperimentConfig,
     MergeMode,
     MethodName,
     ModelSource,
@@ -28,6 +26,8 @@ from cola.config.schema import (
     Pristine,
     Rounding,
 )
+from cola.config.keys import choice_key, flatten, nearest_words, word
+from cola.config.schema import ExperimentConfig
 from cola.errors import ConfigError
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")

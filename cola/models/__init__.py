@@ -6,7 +6,8 @@ functions: an image run never pays for them.
 
 from collections.abc import Callable
 
-from cola.config.schema import ModelConfig, ModelSource
+from cola.config.choices import ModelSource
+from cola.config.schema import ModelConfig
 from cola.interfaces import Problem
 from cola.models.base import BaseModel
 from cola.models.image import build_image

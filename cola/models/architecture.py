@@ -5,7 +5,8 @@ They are checked against the problem here, before any weight exists.
 
 from typing import TYPE_CHECKING, Any
 
-from cola.config.schema import Family, ModelConfig, Objective
+from cola.config.choices import Family, Objective
+from cola.config.schema import ModelConfig
 from cola.errors import ConfigError
 from cola.interfaces import Problem
 from cola.models.base import model_label

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from cola.config.schema import DType, ModelConfig
+from cola.config.choices import DType
+from cola.config.schema import ModelConfig
 from cola.sites import SiteName, SiteSpec
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cola.config.schema import ModelConfig, Objective
+from cola.config.choices import Objective
+from cola.config.schema import ModelConfig
 from cola.errors import ConfigError
 from cola.interfaces import Problem
 from cola.models.base import BaseModel, cast_parameters, seeded_weights, stored_names

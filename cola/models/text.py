@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cola.config.schema import Family, ModelConfig, Objective
+from cola.config.choices import Family, Objective
+from cola.config.schema import ModelConfig
 from cola.errors import ConfigError
 from cola.interfaces import Problem
 from cola.models.architecture import (

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from cola.adaptation_data import AdaptationData
 from cola.adapters import Adapter
-from cola.config.schema import ClipMode, OptimizerConfig
+from cola.config.choices import ClipMode
+from cola.config.schema import OptimizerConfig
 from cola.errors import OffloadError
 from cola.gradient_learning import adapter_gradients
 from cola.meters import count_bytes

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from cola.adaptation_data import AdaptationData
 from cola.adapters import Adapter
-from cola.config.schema import ClipMode, OptimizerConfig
+from cola.config.choices import ClipMode
+from cola.config.schema import OptimizerConfig
 from cola.errors import ColaError, OffloadError
 from cola.meters import add_held
 from cola.offload.fitter import AdapterFitter, Fit

@@ -8,7 +8,8 @@ reading data; `load_task` then reads, splits and encodes. Families share `source
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from cola.config.schema import Family, Objective, TaskConfig
+from cola.config.choices import Family, Objective
+from cola.config.schema import TaskConfig
 from cola.errors import ConfigError
 from cola.interfaces import Problem, Score, TaskData
 from cola.tasks.encoding import TaskRequest

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cola.config.schema import Objective, Padding, TaskConfig
+from cola.config.choices import Objective, Padding
+from cola.config.schema import TaskConfig
 from cola.errors import ConfigError
 from cola.interfaces import Batch, Example
 from cola.tasks.encoding import IGNORED

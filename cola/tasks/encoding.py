@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cola.config.schema import Objective, TaskConfig
+from cola.config.choices import Objective
+from cola.config.schema import TaskConfig
 from cola.errors import ConfigError, DataError
 from cola.interfaces import Example, Problem, Score
 

@@ -7,7 +7,8 @@ Selection is on a seeded 5 % of train, reporting on validation, because test lab
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cola.config.schema import Objective, TaskConfig
+from cola.config.choices import Objective
+from cola.config.schema import TaskConfig
 from cola.errors import ConfigError
 from cola.interfaces import Split, TaskData
 from cola.tasks.collate import build_text_collator

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from cola.config.schema import Objective
+from cola.config.choices import Objective
 from cola.interfaces import Split, TaskData
 from cola.synthetic_language import CATEGORY_OPENINGS, FILLERS, WORD_CLASSES
 from cola.tasks.collate import build_text_collator

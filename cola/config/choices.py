@@ -1,0 +1,144 @@
+"""The choices of every setting that has a fixed list of them.
+
+Member *names* are what a user writes, hence lower case. No imports: `--help` and workers load this.
+"""
+
+from enum import Enum
+
+
+class AdapterKind(Enum):
+    """Structure of an adapter g_w."""
+
+    lowrank = "lowrank"
+    linear = "linear"
+    mlp = "mlp"
+
+
+class MergeMode(Enum):
+    """Where the adapter acts during training."""
+
+    unmerged = "unmerged"
+    merged = "merged"
+    detached = "detached"
+
+
+class Pristine(Enum):
+    """Which memory keeps the unmerged weights of merged sites."""
+
+    host = "host"
+    base = "base"
+
+
+class Rounding(Enum):
+    """How a merged weight is rounded to the base model's dtype."""
+
+    nearest = "nearest"
+    stochastic = "stochastic"
+
+
+class MethodName(Enum):
+    """Training method: gradient learning, or a baseline by plain back-propagation."""
+
+    cola = "cola"
+    ft = "ft"
+    lora = "lora"
+
+
+class OffloadTarget(Enum):
+    """Where adapters are fitted."""
+
+    none = "none"
+    cpu = "cpu"
+
+
+class UsersMode(Enum):
+    """Who owns adapters and data."""
+
+    one = "one"
+
+
+class TrackingName(Enum):
+    """Where metrics go besides `metrics.jsonl`, which is always written."""
+
+    wandb = "wandb"
+    files = "files"
+
+
+class OptimizerName(Enum):
+    """Optimizer of every trainable parameter."""
+
+    sgd = "sgd"
+    adamw = "adamw"
+
+
+# `global` is a Python keyword, so this enum is written in the functional form.
+ClipMode = Enum("ClipMode", {"none": "none", "adapter": "adapter", "global": "global"})
+
+
+class ScheduleName(Enum):
+    """Shape of the learning rate over adaptations."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class Reduction(Enum):
+    """How the batches of one interval combine: one larger batch, or a plain sum."""
+
+    mean = "mean"
+    sum = "sum"
+
+
+class DType(Enum):
+    """Floating-point type of the base model."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float64 = "float64"
+
+
+class ModelSource(Enum):
+    """Where the base model's parameters come from."""
+
+    pretrained = "pretrained"  # a Hugging Face id or folder, in `path`
+    random = "random"  # a Hugging Face architecture with seeded random weights
+    image = "image"  # this package's small image models, seeded random weights
+
+
+class Family(Enum):
+    """What a text model is built for; decides how a free-form task is posed."""
+
+    encoder = "encoder"
+    decoder = "decoder"
+
+
+class Objective(Enum):
+    """What the task loss scores."""
+
+    classification = "classification"
+    regression = "regression"
+    causal = "causal"
+    image = "image"  # classification of images
+
+
+class Padding(Enum):
+    """Length of a padded text batch."""
+
+    dynamic = "dynamic"  # to the longest row of the batch
+    max_length = "max_length"  # to task.max_length, as the paper does
+
+
+class EvaluationMerge(Enum):
+    """Whether evaluation folds adapters into the base model."""
+
+    auto = "auto"  # as training did
+    merged = "merged"
+    unmerged = "unmerged"
+
+
+class SelectOn(Enum):
+    """Split that chooses the best evaluation of a run."""
+
+    validation = "validation"
+    test = "test"  # the paper's protocol
