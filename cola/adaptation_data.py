@@ -53,6 +53,8 @@ class AdaptationData:
 
     def to(self, dtype: torch.dtype) -> "AdaptationData":
         """The same data in another floating-point type."""
+        if self.hidden_input.dtype is dtype:
+            return self
         return AdaptationData(
             hidden_input=self.hidden_input.to(dtype), hidden_gradient=self.hidden_gradient.to(dtype)
         )

@@ -53,7 +53,7 @@ def linear_gradients(
     adapter: LinearAdapter, data: AdaptationData, scale: float
 ) -> dict[str, Tensor]:
     """Closed form for g_w(x) = x W' + b: dW = scale * G'X, db = scale * sum of G over rows."""
-    g = scale * data.hidden_gradient  # (N, H)
+    g = _scaled(data.hidden_gradient, scale)  # (N, H)
     gradients = {"weight": g.T @ data.hidden_input}  # (H, D)
     if adapter.bias is not None:
         gradients["bias"] = g.sum(dim=0)  # (H,)
@@ -64,7 +64,7 @@ def lowrank_gradients(
     adapter: LowRankAdapter, data: AdaptationData, scale: float
 ) -> dict[str, Tensor]:
     """Closed form for g_w(x) = x A'B': dB = scale * G'(XA'), dA = scale * (GB)'X."""
-    x, g = data.hidden_input, scale * data.hidden_gradient  # (N, D), (N, H)
+    x, g = data.hidden_input, _scaled(data.hidden_gradient, scale)  # (N, D), (N, H)
     return {
         "lora_a": (g @ adapter.lora_b).T @ x,  # (R, D)
         "lora_b": g.T @ (x @ adapter.lora_a.T),  # (H, R)
@@ -83,3 +83,8 @@ def adapter_gradients(adapter: Adapter, data: AdaptationData, scale: float) -> d
         if isinstance(adapter, LowRankAdapter):
             return lowrank_gradients(adapter, data, scale)
     return surrogate_gradients(adapter, data, scale)
+
+
+def _scaled(gradient: Tensor, scale: float) -> Tensor:
+    # The usual alpha is 1, and the gradient may be as large as the base model's activations.
+    return gradient if scale == 1.0 else scale * gradient

@@ -102,10 +102,9 @@ def build_gradient_learner(
     # Adapters are fitted in float32 at least, whatever the base model computes in.
     master = torch.promote_types(torch.float32, weight.dtype)
     owned = {site: adapters[site].to(offload_device, master) for site in sites}
-    fitters = {
-        site: AdapterFitter(adapter, settings.optimizer, scale=settings.scale)
-        for site, adapter in owned.items()
-    }
+    # Fits that overlap the backward pass start site by site; others step in one go.
+    groups = [{site: owned[site]} for site in owned] if offloads else [owned]
+    fitters = [AdapterFitter(own, settings.optimizer, scale=settings.scale) for own in groups]
     trains_merged = settings.mode is MergeMode.merged
     placement = _placement(
         base_model, sites, owned, settings, merged=trains_merged, copies=offloads

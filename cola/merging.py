@@ -45,19 +45,30 @@ class Bank:
                 fit runs beside the base model.
         """
         self._adapters = {site: skeleton(adapter) for site, adapter in adapters.items()}
+        self._installed: dict[SiteName, Mapping[str, Tensor]] = {}
+        self._shared: dict[SiteName, dict[str, Tensor]] = {}
         self._scale = scale
         self._device, self._dtype = device, dtype
         self._detached, self._copies = detached, copies
 
     def publish(self, adapter: Adapter) -> dict[str, Tensor]:
         """The adapter's parameters in the base model's dtype."""
-        return {
+        site = adapter.spec.name
+        if site in self._shared:  # the fitted tensors themselves, stepped in place
+            return self._shared[site]
+        published = {
             name: parameter.detach().to(self._dtype, copy=self._copies)
             for name, parameter in adapter.named_parameters()
         }
+        if not self._copies and next(adapter.parameters()).dtype is self._dtype:
+            self._shared[site] = published
+        return published
 
     def install(self, site: SiteName, published: Mapping[str, Tensor]) -> None:
         """Uses these parameters from now on."""
+        if self._installed.get(site) is published:
+            return
+        self._installed[site] = published
         state = {name: tensor.to(self._device) for name, tensor in published.items()}
         install_parameters(self._adapters[site], state)
 
@@ -159,8 +170,8 @@ class Merger:
     def _merge(self, weight: Tensor, delta: Tensor, site: SiteName | None) -> Tensor:
         dtype = torch.promote_types(torch.promote_types(torch.float32, weight.dtype), delta.dtype)
         wide = weight.to(delta.device, dtype)
-        delta = self._scale * delta.to(dtype)
-        exact = wide + delta
+        delta = delta.to(dtype)
+        exact = torch.add(wide, delta, alpha=self._scale)
         if weight.dtype is dtype:
             return exact
         is_stochastic = self._rounding is Rounding.stochastic and weight.dtype is torch.bfloat16

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,16 +12,24 @@ from cola.config.schema import OptimizerConfig, ScheduleConfig
 
 
 def build_optimizer(
-    parameters: Iterable[nn.Parameter], config: OptimizerConfig
+    parameters: Iterable[nn.Parameter],
+    config: OptimizerConfig,
+    *,
+    heads: Iterable[nn.Parameter] = (),
 ) -> torch.optim.Optimizer:
     """One optimizer over the given parameters; the learning rate is set before every step.
 
     Both learners build theirs here, so that a comparison of methods compares nothing else.
+
+    Args:
+        parameters: all of them.
+        config: its `lr` is resolved.
+        heads: those of new heads, which `config.head_lr` is for.
     """
-    parameters = list(parameters)
+    groups = _groups(list(parameters), config, {id(parameter) for parameter in heads})
     if config.name is OptimizerName.sgd:
         return torch.optim.SGD(
-            parameters,
+            groups,
             lr=0.0,
             momentum=config.momentum,
             nesterov=config.nesterov,
@@ -28,7 +37,7 @@ def build_optimizer(
             fused=True,
         )
     return torch.optim.AdamW(
-        parameters,
+        groups,
         lr=0.0,
         betas=(0.9, 0.999),
         eps=1e-8,
@@ -37,10 +46,25 @@ def build_optimizer(
     )
 
 
+def _groups(
+    parameters: list[nn.Parameter], config: OptimizerConfig, heads: set[int]
+) -> list[dict[str, Any]]:
+    if config.head_lr is None or config.lr is None or not heads:
+        return [{"params": parameters, "rate_factor": 1.0}]
+    groups = [
+        {"params": [p for p in parameters if id(p) not in heads], "rate_factor": 1.0},
+        {
+            "params": [p for p in parameters if id(p) in heads],
+            "rate_factor": config.head_lr / config.lr,
+        },
+    ]
+    return [group for group in groups if group["params"]]
+
+
 def optimizer_step(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """One step at a given rate."""
+    """One step at a given rate, that of new heads in proportion."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group["rate_factor"]
     optimizer.step()
 
 

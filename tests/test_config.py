@@ -47,6 +47,7 @@ KEYS = [
     "tracking.tags",
     "optimizer.name",
     "optimizer.lr",
+    "optimizer.head_lr",
     "optimizer.weight_decay",
     "optimizer.momentum",
     "optimizer.nesterov",

@@ -44,16 +44,17 @@ def build_fleet() -> Iterator[FleetBuilder]:
     built: list[Fleet] = []
 
     def build(offload: str, optimizer: OptimizerConfig = PLAIN_SGD) -> Fleet:
-        fitters = {}
+        adapters = {}
         for seed, name in enumerate(("first", "second")):
             spec = dataclasses.replace(tiny.site("linear").spec, name=name)
-            adapter = tiny.filled_adapter(LOWRANK, spec, seed=seed)
-            fitters[name] = AdapterFitter(adapter, optimizer, scale=tiny.SCALE)
+            adapters[name] = tiny.filled_adapter(LOWRANK, spec, seed=seed)
         workers: list[Worker] = [InlineWorker(CPU)]
+        groups = [adapters]
         if offload == "cpu":
             workers = [ThreadWorker(f"test-{index}", num_threads=1) for index in range(2)]
+            groups = [{name: adapter} for name, adapter in adapters.items()]
         fleet = Fleet(
-            fitters,
+            [AdapterFitter(group, optimizer, scale=tiny.SCALE) for group in groups],
             workers,
             transfer=Transfer(CPU, CPU),
             publish=snapshot,
@@ -166,9 +167,9 @@ def test_pending_batches_of_a_site_are_bounded(
     done, under_way = [], []
     accumulate = AdapterFitter.accumulate
 
-    def slowly(fitter: AdapterFitter, batch: AdaptationData) -> None:
+    def slowly(fitter: AdapterFitter, site: str, batch: AdaptationData) -> None:
         time.sleep(0.002)
-        accumulate(fitter, batch)
+        accumulate(fitter, site, batch)
         done.append(batch)
 
     monkeypatch.setattr(AdapterFitter, "accumulate", slowly)
@@ -191,9 +192,9 @@ def test_everything_under_way_ends_before_a_learner_is_looked_at(
     learner = tiny.gradient_learner(base, tiny.filled_adapters(base, LOWRANK), offload="cpu")
     done, may_go, accumulate = [], threading.Event(), AdapterFitter.accumulate
 
-    def hold(fitter: AdapterFitter, batch: AdaptationData) -> None:
+    def hold(fitter: AdapterFitter, site: str, batch: AdaptationData) -> None:
         may_go.wait()
-        accumulate(fitter, batch)
+        accumulate(fitter, site, batch)
         done.append(batch)
 
     monkeypatch.setattr(AdapterFitter, "accumulate", hold)
@@ -227,7 +228,7 @@ def break_site(monkeypatch: pytest.MonkeyPatch, method: str, site: str) -> None:
     working = getattr(AdapterFitter, method)
 
     def broken(fitter: AdapterFitter, *args: object) -> object:
-        if fitter.adapter.spec.name == site:
+        if site in (fitter.adapters if method == "step" else args):
             raise ValueError("out of luck")
         return working(fitter, *args)
 
@@ -569,9 +570,9 @@ def test_a_bfloat16_base_is_fitted_in_float32_products(
     sent: dict[str, list[AdaptationData]] = {}
     accumulate = AdapterFitter.accumulate
 
-    def note(fitter: AdapterFitter, batch: AdaptationData) -> None:
-        sent.setdefault(fitter.adapter.spec.name, []).append(batch)
-        accumulate(fitter, batch)
+    def note(fitter: AdapterFitter, site: str, batch: AdaptationData) -> None:
+        sent.setdefault(site, []).append(batch)
+        accumulate(fitter, site, batch)
 
     monkeypatch.setattr(AdapterFitter, "accumulate", note)
     base = tiny.net(dtype=torch.bfloat16)

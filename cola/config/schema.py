@@ -118,6 +118,7 @@ class OptimizerConfig:
 
     name: OptimizerName = OptimizerName.adamw
     lr: float | None = None
+    head_lr: float | None = None  # of new heads; None: lr
     weight_decay: float = 5e-4
     momentum: float = 0.9  # SGD only
     nesterov: bool = True  # SGD only

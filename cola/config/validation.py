@@ -74,6 +74,10 @@ _RANGES: dict[str, _Range] = {
         contains=lambda value: value is None or 0 < value < math.inf,
         words="a number > 0, or null for the default of the method and task",
     ),
+    "optimizer.head_lr": _Range(
+        contains=lambda value: value is None or 0 < value < math.inf,
+        words="a number > 0, or null for optimizer.lr",
+    ),
     "optimizer.weight_decay": _Range(
         contains=lambda value: 0 <= value < math.inf, words="a number >= 0"
     ),

@@ -1,11 +1,12 @@
-"""The fit of one adapter: accumulate its gradient, clip, step. Algorithm 1, lines 11 to 16.
+"""The fit of adapters: accumulate their gradients, clip, step. Algorithm 1, lines 11 to 16.
 
-Lives on the offload device with the adapter and its optimizer state. Knows adapters and adaptation
-data, nothing of the base model.
+Lives on the offload device with the adapters and their optimizer states. Knows adapters and
+adaptation data, nothing of the base model. Adapters of one fitter step at the same moment, by one
+optimizer and few kernels; adapters that have to step apart get a fitter each.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from cola.errors import OffloadError
 from cola.gradient_learning import adapter_gradients
 from cola.meters import count_bytes
 from cola.optimizers import build_optimizer, optimizer_step
+from cola.sites import SiteName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,122 +40,159 @@ class Fit:
 
 
 class AdapterFitter:
-    """Owns one adapter, its accumulated gradient and its optimizer.
+    """Owns adapters, their accumulated gradients and their optimizer.
 
     Attributes:
-        adapter: g_w.
-        held_bytes: by owner, of the last step.
+        adapters: g_w by site.
+        held_bytes: by owner, as of the last step.
     """
 
-    def __init__(self, adapter: Adapter, optimizer: OptimizerConfig, *, scale: float) -> None:
+    def __init__(
+        self, adapters: Mapping[SiteName, Adapter], optimizer: OptimizerConfig, *, scale: float
+    ) -> None:
         """`scale` is alpha; `optimizer.clip` other than `adapter` is left to the caller."""
-        self.adapter = adapter
+        self.adapters = dict(adapters)
         self._scale = scale
-        self._dtype = next(adapter.parameters()).dtype
-        self._optimizer = build_optimizer(adapter.parameters(), optimizer)
+        # Looked up once: walking a module's parameters costs more than stepping a small adapter.
+        self._parameters = {s: dict(a.named_parameters()) for s, a in self.adapters.items()}
+        everything = [p for named in self._parameters.values() for p in named.values()]
+        self._dtype, self.device = everything[0].dtype, everything[0].device
+        heads = [s for s, adapter in self.adapters.items() if adapter.spec.is_head]
+        self._optimizer = build_optimizer(
+            everything, optimizer, heads=[p for s in heads for p in self._parameters[s].values()]
+        )
         clips = optimizer.clip is ClipMode["adapter"]
         self._clip_norm = optimizer.clip_norm if clips else None
-        self._is_finite: Tensor | None = None
-        self.held_bytes = self._count_held()
+        self._has_stepped = False
+        self.held_bytes: dict[str, int] = {}
+        self._note_held()
 
-    @property
-    def has_gradient(self) -> bool:
-        """Whether any data came since the last step."""
-        return any(parameter.grad is not None for parameter in self.adapter.parameters())
-
-    def accumulate(self, data: AdaptationData) -> None:
+    def accumulate(self, site: SiteName, data: AdaptationData) -> None:
         """Adds one batch's gradient; the parameters are constant inside an interval."""
-        gradients = adapter_gradients(self.adapter, data.to(self._dtype), self._scale)
-        for name, parameter in self.adapter.named_parameters():
+        gradients = adapter_gradients(self.adapters[site], data.to(self._dtype), self._scale)
+        for name, parameter in self._parameters[site].items():
             if parameter.grad is None:
                 parameter.grad = gradients[name]
             else:
                 parameter.grad.add_(gradients[name])
 
-    def gradient_norm(self, gradient_scale: float) -> Tensor:
-        """Norm of the interval's gradient, a scalar; zero without data."""
-        norms = [
-            torch.linalg.vector_norm(parameter.grad)
-            for parameter in self.adapter.parameters()
-            if parameter.grad is not None
-        ]
-        if not norms:
-            return torch.zeros((), dtype=self._dtype)
-        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    def gradient_norm(self, site: SiteName, gradient_scale: float) -> Tensor:
+        """Norm of the interval's gradient of one adapter, a scalar; zero without data."""
+        gradients = self._gradients(site)
+        if not gradients:
+            return torch.zeros((), dtype=self._dtype, device=self.device)
+        norm: Tensor = torch.linalg.vector_norm(_norms(gradients))
         return gradient_scale * norm
 
-    def step(self, fit: Fit, clip_factor: float | Tensor = 1.0) -> bool:
-        """Optimises the adapter once and empties its gradient.
+    def step(self, fit: Fit, clip_factor: float | Tensor = 1.0) -> list[SiteName]:
+        """Optimises every adapter that has data once, and empties the gradients.
 
         Args:
             fit: rate and scale of this adaptation.
             clip_factor: factor of a clip across adapters.
 
         Returns:
-            False if there was no data, and so no step.
+            Sites that stepped: those that had data.
 
         Raises:
-            OffloadError: the gradient is not finite; the parameters are as before.
+            OffloadError: a gradient is not finite; the parameters are as before.
         """
-        if not self.has_gradient:
-            return False
-        norm = self.gradient_norm(fit.gradient_scale)
-        self._note_finite(torch.isfinite(norm), fit)
-        factor = fit.gradient_scale * clip_factor
+        stepping = {site: found for site in self.adapters if (found := self._gradients(site))}
+        if not stepping:
+            return []
+        if self.device.type == "cpu":
+            self._check_finite_norms(stepping, fit.number)
+        factors: Iterable[float | Tensor] = [fit.gradient_scale * clip_factor] * len(stepping)
         if self._clip_norm is not None:
-            factor = factor * (self._clip_norm / (norm + 1e-6)).clamp(max=1.0)
-        for parameter in self.adapter.parameters():
-            # Most runs have one batch per interval and no clip: nothing to multiply.
-            if parameter.grad is not None and not (isinstance(factor, float) and factor == 1.0):
-                parameter.grad.mul_(factor)
+            factors = self._clip_factors(
+                list(stepping.values()), fit.gradient_scale, self._clip_norm
+            )
+        for gradients, factor in zip(stepping.values(), factors, strict=True):
+            # Most text runs have one batch per interval and no clip: nothing to multiply.
+            if not (isinstance(factor, float) and factor == 1.0):
+                torch._foreach_mul_(gradients, factor)
         optimizer_step(self._optimizer, fit.learning_rate)
-        self.held_bytes = self._count_held()
-        self._optimizer.zero_grad(set_to_none=True)
-        return True
-
-    def _note_finite(self, is_finite: Tensor, fit: Fit) -> None:
-        # A GPU is asked at logged steps only (check_finite); the CPU at once, before the step.
-        self._is_finite = is_finite if self._is_finite is None else self._is_finite & is_finite
-        if is_finite.device.type == "cpu":
-            self.check_finite(fit.number)
+        if not self._has_stepped:  # moments exist from now on; sizes never change again
+            self._has_stepped = True
+            self._note_held()
+        for site in stepping:
+            for parameter in self._parameters[site].values():
+                parameter.grad = None
+        return list(stepping)
 
     def check_finite(self, number: int) -> None:
-        """Raises if a gradient was not finite up to this adaptation."""
-        if self._is_finite is not None and not bool(self._is_finite):
-            raise OffloadError(
-                f"adaptation {number}: the hidden gradient of site {self.adapter.spec.name!r} is "
-                "not finite: lower optimizer.lr, set optimizer.clip=adapter, or check the data"
-            )
+        """Raises if a gradient was not finite up to this adaptation.
 
-    def _count_held(self) -> dict[str, int]:
-        """Bytes by owner: numbers, since others may ask while this worker changes the tensors."""
-        gradients = [p.grad for p in self.adapter.parameters() if p.grad is not None]
-        state = [value for values in self._optimizer.state.values() for value in values.values()]
-        moments = [value for value in state if isinstance(value, Tensor)]
-        return {
-            "adapters": count_bytes([*self.adapter.parameters(), *gradients]),
-            "optimizer": count_bytes(moments),
-        }
+        A GPU is asked here, at evaluations and checkpoints, since asking at every step would
+        synchronise it; parameters that met such a gradient never become finite again.
+        """
+        if self.device.type == "cpu":
+            return
+        parameters = {s: [*named.values()] for s, named in self._parameters.items()}
+        self._check_finite_norms(parameters, number)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, site: SiteName) -> dict[str, Any]:
         """Adapter, optimizer state and the gradient of an interval in progress."""
-        gradients = {
-            name: parameter.grad
-            for name, parameter in self.adapter.named_parameters()
-            if parameter.grad is not None
-        }
+        parameters = self._parameters[site]
+        state = self._optimizer.state
         return {
-            "adapter": dict(self.adapter.state_dict()),
-            "optimizer": self._optimizer.state_dict()["state"],
-            "gradient": gradients,
+            "adapter": dict(self.adapters[site].state_dict()),
+            "optimizer": {i: state[p] for i, p in enumerate(parameters.values()) if p in state},
+            "gradient": {n: p.grad for n, p in parameters.items() if p.grad is not None},
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from `state_dict`; keys of the optimizer's state may have become strings."""
-        self.adapter.load_state_dict(state["adapter"])
+    def load_state_dict(self, states: Mapping[SiteName, Mapping[str, Any]]) -> None:
+        """Continues from `state_dict` of every site; optimizer keys may have become strings."""
         groups = self._optimizer.state_dict()["param_groups"]
-        moments = {int(index): copy.deepcopy(value) for index, value in state["optimizer"].items()}
+        order = [id(p) for group in self._optimizer.param_groups for p in group["params"]]
+        moments: dict[int, Any] = {}
+        for site, parameters in self._parameters.items():
+            state = states[site]
+            own = list(parameters.values())
+            self.adapters[site].load_state_dict(state["adapter"])
+            for index, value in state["optimizer"].items():
+                moments[order.index(id(own[int(index)]))] = copy.deepcopy(value)
+            for name, parameter in parameters.items():
+                gradient = state["gradient"].get(name)
+                parameter.grad = None if gradient is None else gradient.to(parameter, copy=True)
         self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        for name, parameter in self.adapter.named_parameters():
-            gradient = state["gradient"].get(name)
-            parameter.grad = None if gradient is None else gradient.to(parameter, copy=True)
+
+    def _gradients(self, site: SiteName) -> list[Tensor]:
+        return [p.grad for p in self._parameters[site].values() if p.grad is not None]
+
+    def _clip_factors(
+        self, gradients: list[list[Tensor]], scale: float, clip_norm: float
+    ) -> Iterable[Tensor]:
+        """Of every adapter: scale * min(1, clip_norm / norm), without waiting for the device."""
+        norms = _norms([gradient for own in gradients for gradient in own])  # (P,)
+        parts = torch.split_with_sizes(norms, [len(own) for own in gradients])
+        norm = scale * torch.stack([torch.linalg.vector_norm(part) for part in parts])  # (A,)
+        factors = scale * (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        return torch.unbind(factors)
+
+    def _check_finite_norms(
+        self, tensors: Mapping[SiteName, Sequence[Tensor]], number: int
+    ) -> None:
+        if bool(_norms([tensor for own in tensors.values() for tensor in own]).isfinite().all()):
+            return
+        broken = next(s for s, own in tensors.items() if not _norms(own).isfinite().all())
+        raise OffloadError(
+            f"adaptation {number}: the hidden gradient of site {broken!r} is not finite: lower "
+            "optimizer.lr, set optimizer.clip=adapter, or check the data"
+        )
+
+    def _note_held(self) -> None:
+        """Bytes by owner: numbers, since others may ask while this worker changes the tensors."""
+        state = [value for values in self._optimizer.state.values() for value in values.values()]
+        parameters = [p for named in self._parameters.values() for p in named.values()]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        self.held_bytes = {
+            "adapters": count_bytes([*parameters, *gradients]),
+            "optimizer": count_bytes(value for value in state if isinstance(value, Tensor)),
+        }
+
+
+@torch.no_grad()
+def _norms(tensors: Sequence[Tensor]) -> Tensor:
+    """Norm of every tensor, (P,), in as few kernels as the device has for it."""
+    return torch.stack(torch._foreach_norm(list(tensors)))

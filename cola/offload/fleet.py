@@ -6,7 +6,7 @@ The fleet is the base model's whole view of the offload side: adaptation data go
 
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,12 +35,12 @@ MAX_PENDING_PER_SITE = 2
 
 @dataclass
 class _Slot:
-    """One adapter, its worker, and what is under way for it."""
+    """Adapters that step together, their worker, and what is under way for them."""
 
     fitter: AdapterFitter
     worker: Worker
     version: int
-    published: "Future[Published]"
+    published: "Future[dict[SiteName, Published]]"
     pending: "list[Future[None]]" = field(default_factory=list)  # data since the last fit
 
 
@@ -63,7 +63,7 @@ class Fleet:
 
     def __init__(
         self,
-        fitters: Mapping[SiteName, AdapterFitter],
+        fitters: Sequence[AdapterFitter],
         workers: Sequence[Worker],
         *,
         transfer: Transfer,
@@ -74,8 +74,9 @@ class Fleet:
         """Takes over the fitters and publishes version 0.
 
         Args:
-            fitters: one per site, in the order of the base model's forward pass.
-            workers: who runs fits; sites are dealt out in turn.
+            fitters: in the order of the base model's forward pass; of one site each if fits
+                overlap.
+            workers: who runs fits; fitters are dealt out in turn.
             transfer: how adaptation data reaches the workers' device.
             publish: what the base device needs of a fitted adapter.
             optimizer: for its clipping across sites.
@@ -83,10 +84,11 @@ class Fleet:
                 after it, so that the base model may use the very tensors that are stepped.
         """
         self._publish = publish
-        self._slots = {
-            site: _Slot(fitter, workers[index % len(workers)], 0, self._ready(fitter))
-            for index, (site, fitter) in enumerate(fitters.items())
-        }
+        self._slots = [
+            _Slot(fitter, workers[index % len(workers)], 0, self._ready(fitter))
+            for index, fitter in enumerate(fitters)
+        ]
+        self._slot_of = {site: slot for slot in self._slots for site in slot.fitter.adapters}
         self._workers = list(workers)
         self._transfer = transfer
         self._global_clip = optimizer.clip_norm if optimizer.clip is ClipMode["global"] else None
@@ -104,17 +106,21 @@ class Fleet:
         Waits while `MAX_PENDING_PER_SITE` earlier ones of this site are still under way, so that
         memory stays bounded when fits are slower than the base model.
         """
-        slot = self._slots[site]
+        slot = self._slot_of[site]
+        if not self._overlaps:  # here already: no copy, no queue
+            with _named([site]):
+                slot.fitter.accumulate(site, data)
+            return
         if len(slot.pending) >= MAX_PENDING_PER_SITE:
             slot.pending[-MAX_PENDING_PER_SITE].result()
         parcel = self._transfer.send(data)
         self._staged.add(data.num_bytes)
-        slot.pending.append(slot.worker.submit(lambda: self._accumulate(slot, parcel)))
+        slot.pending.append(slot.worker.submit(lambda: self._accumulate(slot, site, parcel)))
 
     def close(self, site: SiteName) -> None:
         """The site's data of this step is complete; starts its fit unless a barrier bars it."""
         if self._fit is not None and self._overlaps and self._global_clip is None:
-            self._submit_fit(self._slots[site], self._fit, 1.0)
+            self._submit_fit(self._slot_of[site], self._fit, 1.0)
 
     def finish(self) -> None:
         """Starts the fits that `close` could not.
@@ -126,19 +132,19 @@ class Fleet:
         factor: float | Tensor = 1.0
         if self._global_clip is not None:
             factor = self._global_clip_factor(self._global_clip, self._fit.gradient_scale)
-        for slot in self._slots.values():
+        for slot in self._slots:
             if slot.version < self._fit.number:
                 self._submit_fit(slot, self._fit, factor)
 
     def wait(self, site: SiteName, version: int) -> Published:
         """What was published for a site after an adaptation; waits until its fit has ended."""
-        slot = self._slots[site]
+        slot = self._slot_of[site]
         assert slot.version == version, f"{site}: version {slot.version}, wanted {version}"
-        return slot.published.result()
+        return slot.published.result()[site]
 
     def drain(self) -> None:
         """Returns when everything under way has ended; raises what went wrong in it."""
-        for slot in self._slots.values():
+        for slot in self._slots:
             for future in slot.pending:
                 future.result()
             slot.published.result()
@@ -153,7 +159,7 @@ class Fleet:
     def drained(self) -> Iterator[dict[SiteName, Adapter]]:
         """The adapters by site, with nothing under way."""
         self.drain()
-        yield {site: slot.fitter.adapter for site, slot in self._slots.items()}
+        yield {s: adapter for slot in self._slots for s, adapter in slot.fitter.adapters.items()}
 
     def busy_seconds(self) -> float:
         """Time spent in fits, summed over workers."""
@@ -166,57 +172,57 @@ class Fleet:
     def held_bytes(self) -> dict[str, dict[str, int]]:
         """Bytes of adapters, optimizer states and staging (peak), by device."""
         held: dict[str, dict[str, int]] = {}
-        for slot in self._slots.values():
-            device = next(slot.fitter.adapter.parameters()).device
+        for slot in self._slots:
             for owner, num in slot.fitter.held_bytes.items():
-                add_held(held, device, owner, num)
-        add_held(held, device, "staging", self._staged.peak)
+                add_held(held, slot.fitter.device, owner, num)
+        add_held(held, slot.fitter.device, "staging", self._staged.peak)
         return held
 
     def state_dict(self) -> dict[str, Any]:
         """State of every fitter; nothing may be under way."""
-        return {site: slot.fitter.state_dict() for site, slot in self._slots.items()}
+        return {site: slot.fitter.state_dict(site) for site, slot in self._slot_of.items()}
 
     def load_state_dict(self, state: Mapping[str, Any], version: int) -> None:
         """Continues after adaptation number `version`, and publishes it."""
         self.drain()
-        for site, slot in self._slots.items():
-            slot.fitter.load_state_dict(state[site])
+        for slot in self._slots:
+            slot.fitter.load_state_dict(state)
             slot.version, slot.published = version, self._ready(slot.fitter)
 
-    def _ready(self, fitter: AdapterFitter) -> "Future[Published]":
-        future: Future[Published] = Future()
-        future.set_result(self._publish(fitter.adapter))
+    def _ready(self, fitter: AdapterFitter) -> "Future[dict[SiteName, Published]]":
+        future: Future[dict[SiteName, Published]] = Future()
+        future.set_result({s: self._publish(adapter) for s, adapter in fitter.adapters.items()})
         return future
 
-    def _accumulate(self, slot: _Slot, parcel: Parcel) -> None:
-        with _named(slot):
+    def _accumulate(self, slot: _Slot, site: SiteName, parcel: Parcel) -> None:
+        with _named([site]):
             data = parcel()
-            slot.fitter.accumulate(data)
+            slot.fitter.accumulate(site, data)
             self._staged.add(-data.num_bytes)
 
     def _submit_fit(self, slot: _Slot, fit: Fit, clip_factor: float | Tensor) -> None:
         arrived, previous = slot.pending, slot.published
         slot.pending, slot.version = [], fit.number
 
-        def run() -> Published:
+        def run() -> dict[SiteName, Published]:
             # Earlier tasks of this slot ran on the same worker: these calls never wait, they raise
             # what went wrong, so that no adapter is stepped on half of its data.
             for future in arrived:
                 future.result()
             published = previous.result()
-            with _named(slot):
+            adapters = slot.fitter.adapters
+            with _named(adapters):
                 stepped = slot.fitter.step(fit, clip_factor)
-                return self._publish(slot.fitter.adapter) if stepped else published
+                return published | {site: self._publish(adapters[site]) for site in stepped}
 
         slot.published = slot.worker.submit(run)
 
     def _global_clip_factor(self, clip_norm: float, gradient_scale: float) -> Tensor:
-        for slot in self._slots.values():  # the barrier: every gradient has to be complete
+        for slot in self._slots:  # the barrier: every gradient has to be complete
             for future in slot.pending:
                 future.result()
         norms = torch.stack(
-            [slot.fitter.gradient_norm(gradient_scale) for slot in self._slots.values()]
+            [slot.fitter.gradient_norm(s, gradient_scale) for s, slot in self._slot_of.items()]
         )
         # A site whose gradient is not finite stops by itself; it must not spoil the others.
         norm = torch.linalg.vector_norm(torch.where(norms.isfinite(), norms, 0.0))
@@ -225,12 +231,12 @@ class Fleet:
 
 
 @contextmanager
-def _named(slot: _Slot) -> Iterator[None]:
+def _named(sites: Iterable[SiteName]) -> Iterator[None]:
     """Turns a crash inside a task into an error that names the site and keeps the traceback."""
     try:
         yield
     except ColaError:
         raise
     except Exception as error:
-        site = slot.fitter.adapter.spec.name
-        raise OffloadError(f"fitting site {site!r} failed:\n{traceback.format_exc()}") from error
+        names = ", ".join(repr(site) for site in sites)
+        raise OffloadError(f"fitting site {names} failed:\n{traceback.format_exc()}") from error
