@@ -1,15 +1,24 @@
 """The stream of training batches: shuffled once per epoch, and startable at any step.
 
-The order of an epoch is a function of (seed, epoch), so the position of a run is one number.
+The order of an epoch is a function of (seed, epoch) and the augmentation of a batch one of (seed,
+step), so the position of a run is one number.
 """
 
+import dataclasses
+import hashlib
+import logging
 import math
 from collections.abc import Iterator
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
 
-from cola.interfaces import Batch, Split, TaskData
+from cola.interfaces import Batch, Split, TaskData, TensorRows
+
+logger = logging.getLogger(__name__)
+
+DATA_SHARE = 0.25
+"""Share of a GPU's free memory that a task's rows may take; larger sets stay on the host."""
 
 
 class BatchStream:
@@ -31,26 +40,56 @@ class BatchStream:
             for batch in _load(self._task.train, self._task, order, self._batch_size):
                 if step > last_step:
                     return
-                yield step, batch.to(self._device)
+                yield step, self._augmented(batch.to(self._device), step)
                 step += 1
 
-    def _order(self, epoch: int) -> list[int]:
+    def _order(self, epoch: int) -> Tensor:
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
-        order: list[int] = torch.randperm(len(self._task.train.rows), generator=generator).tolist()
-        return order
+        return torch.randperm(len(self._task.train.rows), generator=generator)
+
+    def _augmented(self, batch: Batch, step: int) -> Batch:
+        if self._task.augment is None:
+            return batch
+        # Hashed, because torch takes 32 bits: neighbouring seeds and steps must not meet.
+        digest = hashlib.sha256(f"{self._seed}/{step}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+        return self._task.augment(batch, generator)
 
 
 def evaluation_batches(
     split: Split, task: TaskData, *, batch_size: int, device: torch.device
 ) -> Iterator[Batch]:
     """All rows of a split in order."""
-    order = list(range(len(split.rows)))
+    order = torch.arange(len(split.rows))
     return (batch.to(device) for batch in _load(split, task, order, batch_size))
 
 
-def _load(split: Split, task: TaskData, order: list[int], batch_size: int) -> "DataLoader[Batch]":
-    chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    rows: Dataset[Batch] = split.rows  # type: ignore[assignment]
-    # A generator of its own: the loader would draw from the global one, which dropout uses.
-    own = torch.Generator()
-    return DataLoader(rows, batch_sampler=chunks, collate_fn=task.collate, generator=own)
+def place_rows(task: TaskData, device: torch.device) -> TaskData:
+    """The task with its tensor rows on a GPU, so that no step copies a batch or waits for one.
+
+    Rows that lie one by one stay on the host, and so do all if they need more than `DATA_SHARE`
+    of the free memory.
+    """
+    splits = [task.train, task.selection, task.report, *task.extra_report]
+    needed = sum(split.rows.num_bytes for split in splits if isinstance(split.rows, TensorRows))
+    if device.type != "cuda" or not 0 < needed <= DATA_SHARE * torch.cuda.mem_get_info(device)[0]:
+        return task
+    logger.info("%d MiB of rows are kept on %s", needed // 2**20, device)
+    train, selection, report, *extra = (_placed(split, device) for split in splits)
+    return dataclasses.replace(
+        task, train=train, selection=selection, report=report, extra_report=extra
+    )
+
+
+def _placed(split: Split, device: torch.device) -> Split:
+    rows = split.rows
+    return Split(name=split.name, rows=rows.to(device) if isinstance(rows, TensorRows) else rows)
+
+
+def _load(split: Split, task: TaskData, order: Tensor, batch_size: int) -> Iterator[Batch]:
+    """Batches of the rows in `order`, on the device where the rows lie."""
+    rows = split.rows
+    if isinstance(rows, TensorRows):
+        return map(rows.fetch, torch.split(order.to(rows.device), batch_size))
+    chunks = torch.split(order, batch_size)
+    return (task.collate([rows[i] for i in chunk.tolist()]) for chunk in chunks)

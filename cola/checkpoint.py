@@ -8,6 +8,7 @@ whole checkpoints only.
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,14 @@ from torch import Tensor
 
 from cola.errors import DataError
 
+NEW_PARAMETERS = "base.safetensors"
 TENSORS = "tensors.safetensors"
 VALUES = "state.json"
 BEST = "best"
+
+PEEKS = 5
+PEEK_SECONDS = 0.1
+"""How often, and how long after one another, a state of a running run is looked for."""
 
 
 def save_state(folder: Path, state: Mapping[str, Any]) -> None:
@@ -53,13 +59,41 @@ def load_state(folder: Path) -> dict[str, Any]:
     if not folder.exists() and _replaced(folder).exists():
         _replaced(folder).rename(folder)  # killed between the two renames of a replacement
     try:
-        tensors = load_file(folder / TENSORS)
-        values = json.loads((folder / VALUES).read_text(encoding="utf-8"))
+        return _read(folder)
     except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"{folder} is not a checkpoint that can be read: {error}") from error
-    state = _join(values, tensors)
-    assert isinstance(state, dict)
-    return state
+
+
+def peek_state(checkpoints: Path, *, newest: bool = False) -> dict[str, Any] | None:
+    """The best state of a run that may be running, or its newest; nothing is written or renamed.
+
+    The run may replace or remove any folder at any moment, so that a folder counts only if it is
+    the same one after both of its files were read, and otherwise is looked for again.
+
+    Args:
+        checkpoints: the run's folder of them.
+        newest: the newest step in place of the best one.
+
+    Returns:
+        None if the run has not saved any.
+
+    Raises:
+        DataError: what is there cannot be read.
+    """
+    for attempt in range(PEEKS):
+        folder = _newest(checkpoints) if newest else _standing(checkpoints / BEST)
+        if folder is None:
+            return None
+        try:
+            inode = folder.stat().st_ino
+            state = _read(folder)
+            if folder.stat().st_ino == inode:
+                return state
+            problem: Exception | None = None
+        except (OSError, ValueError, SafetensorError) as error:
+            problem = error
+        time.sleep(attempt * PEEK_SECONDS)
+    raise DataError(f"{folder} is not a checkpoint that can be read: {problem}") from problem
 
 
 class Checkpoints:
@@ -90,6 +124,22 @@ class Checkpoints:
 
     def _steps(self) -> list[Path]:
         return sorted(path for path in self._folder.glob("step-*") if path.is_dir())
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    tensors = load_file(folder / TENSORS)
+    state = _join(json.loads((folder / VALUES).read_text(encoding="utf-8")), tensors)
+    assert isinstance(state, dict)
+    return state
+
+
+def _newest(checkpoints: Path) -> Path | None:
+    return max((path for path in checkpoints.glob("step-*") if path.is_dir()), default=None)
+
+
+def _standing(folder: Path) -> Path | None:
+    """A folder, or what it was before a replacement that is under way or was cut short."""
+    return next((path for path in (folder, _replaced(folder)) if path.is_dir()), None)
 
 
 def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -127,9 +177,22 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def new_parameters(module: torch.nn.Module, names: frozenset[str]) -> dict[str, Tensor]:
-    """Parameters and buffers that came from no pretrained file, by name."""
-    return {name: tensor for name, tensor in module.state_dict().items() if name in names}
+def keep_new_parameters(module: torch.nn.Module, names: frozenset[str], path: Path) -> None:
+    """Parameters and buffers that no pretrained file can restore, saved once in the run's folder.
+
+    Args:
+        module: the base model before any adapter acts; a file that is there wins over its values.
+        names: of these parameters.
+        path: `NEW_PARAMETERS` of a run.
+    """
+    if path.exists():
+        restore_parameters(module, load_file(path))
+        return
+    own = {name: value for name, value in module.state_dict().items() if name in names}
+    if own:
+        draft = path.with_suffix(".partial")
+        save_file({name: tensor.contiguous().clone() for name, tensor in own.items()}, draft)
+        draft.replace(path)
 
 
 @torch.no_grad()

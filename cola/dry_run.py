@@ -16,20 +16,19 @@ from cola.adapters import Adapter, build_adapter
 from cola.config.choices import (
     MergeMode,
     MethodName,
-    Objective,
     OffloadTarget,
     OptimizerName,
     Pristine,
 )
 from cola.config.schema import ExperimentConfig
-from cola.experiment import check_sites
-from cola.interfaces import Batch, Problem
+from cola.experiment import build_problem, check_sites
+from cola.interfaces import Problem
+from cola.meta_trace import kept_bytes
 from cola.meters import MIB, count_bytes
 from cola.models import BaseModel, build_base_model
-from cola.objectives import task_loss
+from cola.peft_methods import build_peft_method
 from cola.report.text import format_table, print_text
 from cola.sites import SiteName
-from cola.tasks import resolve_problem
 
 FLOAT32_BYTES = 4
 
@@ -86,9 +85,11 @@ def estimate(config: ExperimentConfig) -> DryRun:
     Raises:
         ConfigError, SiteError: the model cannot be built or adapted as asked.
     """
-    problem = resolve_problem(config.task, config.model.family)
+    problem = build_problem(config)
     base = build_base_model(config.model, problem, seed=config.seed, on_meta=True)
     check_sites(config, base)
+    if config.method.name not in (MethodName.cola, MethodName.ft, MethodName.lora):
+        return _estimate_peft(config, problem, base)
     with torch.device("meta"):
         adapters = {
             name: build_adapter(config.adapter, spec, seed=config.seed)
@@ -112,6 +113,29 @@ def estimate(config: ExperimentConfig) -> DryRun:
     )
 
 
+def _estimate_peft(config: ExperimentConfig, problem: Problem, base: BaseModel) -> DryRun:
+    """The facts of a method that the PEFT library adds to the base model."""
+    weights, base_parameters = _weight_bytes(base), base.num_parameters
+    # The horizon decides when AdaLoRA takes ranks away, not how many it starts with.
+    method = build_peft_method(config, base, problem.objective, adaptations=1)
+    model = method.model.train().requires_grad_(False)
+    for parameter in method.trainable.values():
+        parameter.requires_grad_(True)
+    num_trained = sum(parameter.numel() for parameter in method.trainable.values())
+    kept = kept_bytes(config, problem, model, held=list(model.parameters()))
+    memory = _base_memory(config, weights, kept)
+    memory["base"]["adapters"] = num_trained * FLOAT32_BYTES
+    _add_training(config, memory["base"], num_trained)
+    return DryRun(
+        sites=len(base.sites),
+        base_parameters=base_parameters,
+        trainable_parameters=num_trained,
+        wire_out_bytes=0,
+        wire_back_bytes=0,
+        memory_bytes=memory,
+    )
+
+
 def _trace(
     config: ExperimentConfig,
     problem: Problem,
@@ -131,7 +155,9 @@ def _trace(
     anchor = torch.zeros((), device="meta", requires_grad=True)
 
     def adapt(site: SiteName, module: nn.Module, args: Any, hidden: Tensor) -> Tensor:
-        traffic.append(args[0].nbytes + hidden.nbytes)
+        # Both in the type that the site computes in; autocast is bfloat16, and unknown to meta.
+        size = 2 if config.model.autocast else hidden.element_size()
+        traffic.append((args[0].numel() + hidden.numel()) * size)
         if method is MethodName.cola:
             kept.append(args[0])  # until its gradient arrives
         if method is MethodName.cola and config.merge.mode is not MergeMode.unmerged:
@@ -139,44 +165,20 @@ def _trace(
         adapter = adapters[site].to(hidden.dtype).requires_grad_(method is MethodName.lora)
         return torch.add(hidden, adapter(args[0])) + anchor
 
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        return tensor
-
     sites = () if method is MethodName.ft else base.sites
     for site in sites:
         model.get_submodule(site).register_forward_hook(partial(adapt, site))
-    if problem.objective is Objective.causal:
-        # transformers would look for padding and packing in the inputs, which hold no values here;
-        # it does neither without a padding token and with a cache.
-        model.config.pad_token_id, model.config.use_cache = None, True  # type: ignore[union-attr]
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        batch = _meta_batch(problem, config.trainer.batch_size)
-        task_loss(problem.objective, model(**batch.inputs).logits, batch)
     weights = [*model.parameters(), *(p for a in adapters.values() for p in a.parameters())]
-    # Weights are saved for the backward pass as well, but they are held anyway.
-    return sum(traffic), count_bytes([*weights, *kept]) - count_bytes(weights)
-
-
-def _meta_batch(problem: Problem, size: int) -> Batch:
-    with torch.device("meta"):
-        if problem.image_shape is not None:
-            inputs = {"pixels": torch.zeros(size, *problem.image_shape)}
-        else:
-            # No attention mask: transformers would look into it, and here it holds no values.
-            inputs = {"input_ids": torch.zeros(size, problem.max_length, dtype=torch.long)}
-        is_causal = problem.objective is Objective.causal
-        shape = (size, problem.max_length) if is_causal else (size,)
-        labels = torch.zeros(shape, dtype=torch.long)
-    return Batch(inputs=inputs, labels=labels, num_terms=size)
+    # The adapters' calls fill `kept` and `traffic`.
+    saved = kept_bytes(config, problem, model, held=weights, also=kept)
+    return sum(traffic), saved
 
 
 def _memory(
     config: ExperimentConfig, base: BaseModel, num_adapter: int, traffic: int, kept: int
 ) -> dict[str, dict[str, int]]:
     """Bytes by device and owner. Adapters and optimizers are float32, the base its own dtype."""
-    weights = count_bytes([*base.module.parameters(), *base.module.buffers()])
-    memory = {"base": {"base model": weights, "kept for the backward pass": kept}}
+    memory = _base_memory(config, _weight_bytes(base), kept)
     num_trained = num_adapter
     owner = memory["base"]
     if config.method.name is MethodName.ft:
@@ -193,10 +195,25 @@ def _memory(
         if merged:
             keeper = "base" if config.merge.pristine is Pristine.base else "host"
             memory.setdefault(keeper, {})["pristine weights"] = _merged_bytes(base)
+    _add_training(config, owner, num_trained)
+    return memory
+
+
+def _base_memory(config: ExperimentConfig, weights: int, kept: int) -> dict[str, dict[str, int]]:
+    memory = {"base": {"base model": weights}}
+    keeper = "host" if config.method.activation_offload else "base"
+    memory.setdefault(keeper, {})["kept for the backward pass"] = kept
+    return memory
+
+
+def _add_training(config: ExperimentConfig, owner: dict[str, int], num_trained: int) -> None:
     moments = 2 if config.optimizer.name is OptimizerName.adamw else 1
     owner["gradients"] = num_trained * FLOAT32_BYTES
     owner["optimizer"] = moments * num_trained * FLOAT32_BYTES
-    return memory
+
+
+def _weight_bytes(base: BaseModel) -> int:
+    return count_bytes([*base.module.parameters(), *base.module.buffers()])
 
 
 def _bank_bytes(base: BaseModel, num_adapter: int) -> int:

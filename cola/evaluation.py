@@ -1,34 +1,179 @@
-"""Scores a model on a split: the task's metric and its loss."""
+"""Scores a model on a split: the task's metric, its loss, per user too, and samples to be read.
+
+Models that classify are judged by their logits. Models that write are judged by the text they
+generate, and their loss is that of the reference text (teacher forcing).
+"""
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cola.batches import evaluation_batches
-from cola.interfaces import Split, TaskData
+from cola.config.schema import EvaluationConfig, GenerationConfig
+from cola.generation import generate_texts
+from cola.interfaces import Example, Split, TaskData, Values
 from cola.objectives import predict, task_loss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Sample = dict[str, str]
+"""One prediction to be read: `input` (text tasks), `prediction`, `reference`, `user` if any."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What one look at a split found.
+
+    Attributes:
+        scores: the task's metrics, the judged one first, then `loss`, the mean over all scored
+            terms of the split.
+        tokens_per_second: new tokens where the model writes, tokens read where it classifies;
+            None for images.
+        by_user: metrics of the rows of every user, in order of appearance; empty without users.
+        samples: of the first rows.
+    """
+
+    scores: dict[str, float]
+    tokens_per_second: float | None = None
+    by_user: dict[str, dict[str, float]] = field(default_factory=dict)
+    samples: list[Sample] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Answers:
+    """Predictions and references of a split's rows, N of each, and the rate at which they came."""
+
+    predictions: Values
+    references: Values
+    tokens_per_second: float | None
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, split: Split, task: TaskData, *, batch_size: int, device: torch.device
-) -> dict[str, float]:
-    """Metrics of a model in evaluation mode; the first is the one a run is judged by.
+    model: nn.Module,
+    split: Split,
+    task: TaskData,
+    *,
+    config: EvaluationConfig,
+    generation: GenerationConfig,
+    device: torch.device,
+) -> Evaluation:
+    """Scores a model in evaluation mode.
 
-    Returns:
-        The task's metrics, then `loss`, the mean over all scored terms of the split.
+    Args:
+        model: adapted.
+        split: rows to score.
+        task: its metric judges.
+        config: batch size and number of samples.
+        generation: how models that write decode.
+        device: the model's.
     """
+    loss, answers = _read(model, split, task, config.batch_size, device)
+    if answers is None:
+        answers = _write(model, split, task, generation, device)
+    scores = task.score(predictions=answers.predictions, references=answers.references)
+    return Evaluation(
+        scores={**scores, "loss": loss},
+        tokens_per_second=answers.tokens_per_second,
+        by_user=_by_user(split, task, answers),
+        samples=_samples(split, task, answers, config.num_samples),
+    )
+
+
+def _read(
+    model: nn.Module, split: Split, task: TaskData, batch_size: int, device: torch.device
+) -> tuple[float, _Answers | None]:
+    """Mean loss of a split, and what the logits answer where the model classifies."""
     objective = task.problem.objective
     predictions, references = [], []
     loss = torch.zeros((), device=device, dtype=torch.float64)
     num_terms = 0
+    start = time.perf_counter()
     for batch in evaluation_batches(split, task, batch_size=batch_size, device=device):
         logits = model(**batch.inputs).logits
-        predicted, wanted = predict(objective, logits.float(), batch)
-        predictions.append(predicted)
-        references.append(wanted)
         loss += task_loss(objective, logits, batch) * batch.num_terms
         num_terms += batch.num_terms
-    scores = task.score(
-        predictions=torch.cat(predictions).cpu(), references=torch.cat(references).cpu()
+        if not objective.writes:
+            predicted, wanted = predict(objective, logits.float(), batch)
+            predictions.append(predicted)
+            references.append(wanted)
+    mean = (loss / max(num_terms, 1)).item()  # waits for the device
+    if objective.writes:
+        return mean, None
+    seconds = time.perf_counter() - start
+    return mean, _Answers(
+        predictions=torch.cat(predictions).cpu(),
+        references=torch.cat(references).cpu(),
+        tokens_per_second=_num_tokens(split, task) / seconds if task.tokenizer else None,
     )
-    return {**scores, "loss": (loss / max(num_terms, 1)).item()}
+
+
+def _write(
+    model: nn.Module,
+    split: Split,
+    task: TaskData,
+    generation: GenerationConfig,
+    device: torch.device,
+) -> _Answers:
+    generated = generate_texts(model, split.rows, task, generation, device)
+    return _Answers(
+        predictions=generated.texts,
+        references=[row["reference"] for row in split.rows],
+        tokens_per_second=generated.tokens_per_second,
+    )
+
+
+def _num_tokens(split: Split, task: TaskData) -> int:
+    return sum(len(row["input_ids"]) for row in split.rows)
+
+
+def _by_user(split: Split, task: TaskData, answers: _Answers) -> dict[str, dict[str, float]]:
+    if task.tokenizer is None:  # rows of images are drawn when they are looked at; none has a user
+        return {}
+    places: dict[str, list[int]] = {}
+    for index, row in enumerate(split.rows):
+        if "user" in row:
+            places.setdefault(row["user"], []).append(index)
+    return {
+        user: task.score(
+            predictions=_take(answers.predictions, own), references=_take(answers.references, own)
+        )
+        for user, own in places.items()
+    }
+
+
+def _take(values: Values, indices: list[int]) -> Values:
+    return values[indices] if isinstance(values, Tensor) else [values[i] for i in indices]
+
+
+def _samples(split: Split, task: TaskData, answers: _Answers, num: int) -> list[Sample]:
+    samples = []
+    for index in range(min(num, len(split.rows))):
+        sample = {
+            "prediction": _as_text(answers.predictions[index]),
+            "reference": _as_text(answers.references[index]),
+        }
+        if task.tokenizer is not None:
+            row = split.rows[index]
+            sample = {"input": _input_text(row, task.tokenizer), **sample}
+            sample |= {"user": row["user"]} if "user" in row else {}
+        samples.append(sample)
+    return samples
+
+
+def _input_text(row: Example, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """What the model was given, as it read it: cut to length, without special tokens."""
+    ids = row.get("prompt_ids", row["input_ids"])
+    text: Any = tokenizer.decode(ids, skip_special_tokens=True)
+    return str(text).strip()
+
+
+def _as_text(answer: Tensor | str) -> str:
+    """A text as it is, a class as its number, a value with four digits."""
+    if isinstance(answer, str):
+        return answer
+    return f"{answer.item():.4g}" if answer.is_floating_point() else str(int(answer))

@@ -1,57 +1,40 @@
 """One run from configuration to summary: builds every part, wires them, trains, reports."""
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
-from cola.batches import BatchStream
-from cola.checkpoint import Checkpoints, new_parameters, restore_parameters
+from cola.batches import BatchStream, place_rows
+from cola.checkpoint import NEW_PARAMETERS, Checkpoints, keep_new_parameters
 from cola.config.choices import AdapterKind, EvaluationMerge, MergeMode, MethodName
 from cola.config.identity import CONFIG_FILE, config_values, save_config
 from cola.config.schema import ExperimentConfig
 from cola.errors import SiteError
-from cola.export import can_export_peft, export_adapters, export_peft, head_weights
+from cola.export import head_weights
+from cola.generation import check_positions
+from cola.horizon import Horizon
+from cola.initial_adapters import initial_adapters, start_from
 from cola.interfaces import Learner, Problem, TaskData
 from cola.learners import build_learner
 from cola.metrics import build_score
-from cola.models import BaseModel, build_base_model, check_rank, shared_parameter_sites
+from cola.models import (
+    BaseModel,
+    build_base_model,
+    check_rank,
+    resolve_family,
+    shared_parameter_sites,
+)
 from cola.optimizers import LearningRateSchedule
 from cola.report.curves import plot_learning_curve
-from cola.runtime import resolve_device, seed_everything, stop_request
-from cola.summary import build_summary, write_summary
-from cola.tasks import load_task, metric_name, resolve_problem
+from cola.run_report import RunParts, log_start, report_run
+from cola.runtime import resolve_device, seed_everything, set_matmul_precision, stop_request
+from cola.summary import write_summary
+from cola.tasks import leaves_objective_open, load_task, metric_name, resolve_problem
 from cola.tracking import build_tracker, read_metrics
-from cola.trainer import Horizon, Trainer
+from cola.trainer import Trainer
 
 logger = logging.getLogger(__name__)
-
-NEW_PARAMETERS = "base.safetensors"
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Parts:
-    """What a run is made of.
-
-    Attributes:
-        config: as it runs.
-        run_dir: its folder.
-        base: the base model, which the learner has taken over.
-        heads: pristine weights of classification heads, for the export.
-        task: data and metric.
-        learner: method.
-    """
-
-    config: ExperimentConfig
-    run_dir: Path
-    base: BaseModel
-    heads: Mapping[str, Tensor]
-    task: TaskData
-    learner: Learner
 
 
 def run_experiment(config: ExperimentConfig, run_dir: Path) -> dict[str, Any]:
@@ -67,25 +50,59 @@ def run_experiment(config: ExperimentConfig, run_dir: Path) -> dict[str, Any]:
     Raises:
         ColaError: see the parts; KeyboardInterrupt after saving the state.
     """
-    device = resolve_device(config.device)
-    seed_everything(config.seed)
-    problem = resolve_problem(config.task, config.model.family)
-    base = build_base_model(config.model, problem, seed=config.seed)
-    check_sites(config, base)
-    task = build_task(config, problem, base)
-    if config.resume is None:
+    base, task = build_base_and_task(config)
+    is_fresh = config.resume is None
+    initial = initial_adapters(config, base) if is_fresh else {}
+    if is_fresh:
         save_config(config, run_dir / CONFIG_FILE)
-    _keep_new_parameters(base, run_dir / NEW_PARAMETERS)
+    keep_new_parameters(base.module, base.new_parameters, run_dir / NEW_PARAMETERS)
     heads = head_weights(base.module, base.sites.values())
-    base.module.to(device)
-    learner = build_learner(config, base.module, base.sites, problem.objective)
-    parts = _Parts(
+    learner = build_run_learner(config, base, task)
+    parts = RunParts(
         config=config, run_dir=run_dir, base=base, heads=heads, task=task, learner=learner
     )
     try:
+        start_from(learner, initial)
         return _train(parts)
     finally:
         learner.close()
+
+
+def build_base_and_task(config: ExperimentConfig) -> tuple[BaseModel, TaskData]:
+    """The base model, still on the CPU, and its data: all that can be wrong is found here.
+
+    Raises:
+        ColaError: the device, the model or the data cannot be had as asked.
+    """
+    device = resolve_device(config.device)
+    set_matmul_precision(tf32=config.model.tf32, device=device)
+    seed_everything(config.seed)
+    problem = build_problem(config)
+    base = build_base_model(config.model, problem, seed=config.seed)
+    check_sites(config, base)
+    if problem.objective.writes:
+        check_positions(base.module, config.generation, problem)
+    return base, place_rows(build_task(config, problem, base), device)
+
+
+def build_run_learner(config: ExperimentConfig, base: BaseModel, task: TaskData) -> Learner:
+    """The method's learner on the device of the run; takes the base model over."""
+    base.module.to(resolve_device(config.device))
+    steps_per_epoch = math.ceil(len(task.train.rows) / config.trainer.batch_size)
+    adaptations = Horizon.of(config.trainer, steps_per_epoch).adaptations
+    return build_learner(config, base, task.problem.objective, adaptations=adaptations)
+
+
+def build_problem(config: ExperimentConfig) -> Problem:
+    """What the base model has to be built for; reads no data, and no network in a dry run.
+
+    Raises:
+        ConfigError: the task cannot be posed so, or the model's files cannot tell what it is.
+    """
+    family = config.model.family
+    if leaves_objective_open(config.task):
+        family = resolve_family(config.model, on_meta=config.dry_run)
+    return resolve_problem(config.task, family)
 
 
 def check_sites(config: ExperimentConfig, base: BaseModel) -> None:
@@ -95,7 +112,8 @@ def check_sites(config: ExperimentConfig, base: BaseModel) -> None:
         SiteError: a rank above a layer's size; a merge into a weight that others use, too.
     """
     gradient = config.method.name is MethodName.cola
-    if config.method.name is MethodName.lora or config.adapter.kind is AdapterKind.lowrank:
+    trains_lowrank = gradient and config.adapter.kind is AdapterKind.lowrank
+    if trains_lowrank or config.method.name is MethodName.lora:
         check_rank(base.sites, config.adapter.rank)
     trains_merged = config.merge.mode is MergeMode.merged
     merges = trains_merged or config.evaluation.merge is EvaluationMerge.merged
@@ -118,13 +136,14 @@ def build_task(config: ExperimentConfig, problem: Problem, base: BaseModel) -> T
         config.task,
         problem,
         tokenizer=base.tokenizer,
-        score=build_score(metric_name(config.task), problem.objective),
+        score=build_score(metric_name(config.task, problem.objective)),
         data_dir=config.data_dir,
         split_seed=config.split_seed,
+        decoder_start_id=base.decoder_start_id,
     )
 
 
-def _train(parts: _Parts) -> dict[str, Any]:
+def _train(parts: RunParts) -> dict[str, Any]:
     config, run_dir, task, learner = parts.config, parts.run_dir, parts.task, parts.learner
     device = next(parts.base.module.parameters()).device
     stream = BatchStream(
@@ -149,14 +168,14 @@ def _train(parts: _Parts) -> dict[str, Any]:
             config.schedule, peak=config.optimizer.lr, horizon=horizon.adaptations
         ),
         config=config.trainer,
-        select_on=config.evaluation.select_on,
-        eval_batch_size=config.evaluation.batch_size,
+        evaluation=config.evaluation,
+        generation=config.generation,
         checkpoint_every=config.checkpoint.every,
         checkpoints=checkpoints,
         tracker=tracker,
         device=device,
     )
-    _log_start(parts, horizon)
+    log_start(parts, horizon)
     # Seeded again: how many numbers the building took depends on the method, training must not.
     seed_everything(config.seed)
     if saved is not None:
@@ -165,7 +184,7 @@ def _train(parts: _Parts) -> dict[str, Any]:
     try:
         with stop_request() as stop:
             trainer.run(stop)
-        summary = _report(parts, trainer, horizon)
+        summary = report_run(parts, trainer, horizon, tracker)
         curve = plot_learning_curve(
             read_metrics(run_dir),
             summary["result"]["metric"],
@@ -177,96 +196,3 @@ def _train(parts: _Parts) -> dict[str, Any]:
     finally:
         tracker.close()
     return summary
-
-
-def _report(parts: _Parts, trainer: Trainer, horizon: Horizon) -> dict[str, Any]:
-    task = parts.task
-    scores = trainer.score(task.report)
-    metric, value = next(iter(scores.items()))
-    result = {
-        "metric": metric,
-        "value": value,
-        "split": task.report.name,
-        "selected_on": trainer.selection.name,
-        "selected_step": trainer.progression.best_step,
-        "selection_value": trainer.progression.best_value,
-        "scores": {task.report.name: scores}
-        | {split.name: trainer.score(split) for split in task.extra_report},
-    }
-    logger.info("%s %.4f on %s (best of step %d)", metric, value, task.report.name,
-                trainer.progression.best_step)  # fmt: skip
-    _export(parts)
-    return build_summary(
-        parts.config,
-        run_id=parts.run_dir.name,
-        task=task.name,
-        result=result,
-        num_sites=len(parts.base.sites),
-        trainable_parameters=parts.learner.num_trainable,
-        steps=horizon.steps,
-        adaptations=horizon.adaptations,
-        peaks_mib=trainer.progression.peaks_mib,
-        costs=trainer.median_costs(),
-        wall_seconds=trainer.progression.seconds,
-    )
-
-
-def _export(parts: _Parts) -> None:
-    """Adapters as files; PEFT's form too where it can hold them."""
-    config, objective = parts.config, parts.task.problem.objective
-    adapters = parts.learner.export()
-    if not adapters:
-        return
-    folder = parts.run_dir / "adapters"
-    name = config.model.path or config.model.name
-    export_adapters(folder, adapters, scale=config.adapter.alpha, base=name)
-    if can_export_peft(adapters, objective):
-        export_peft(
-            folder / "peft",
-            adapters,
-            parts.heads,
-            scale=config.adapter.alpha,
-            base=name,
-            objective=objective,
-        )
-    logger.info("adapters are in %s", folder)
-
-
-def _keep_new_parameters(base: BaseModel, path: Path) -> None:
-    """Parameters that no pretrained file can restore are part of the checkpoint, saved once."""
-    if path.exists():
-        restore_parameters(base.module, load_file(path))
-        return
-    if tensors := new_parameters(base.module, base.new_parameters):
-        draft = path.with_suffix(".partial")
-        save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, draft)
-        draft.replace(path)
-
-
-def _log_start(parts: _Parts, horizon: Horizon) -> None:
-    config, base, task = parts.config, parts.base, parts.task
-    logger.info("run folder %s, seed %d", parts.run_dir, config.seed)
-    logger.info(
-        "model %s: %s parameters, %d sites, %s trainable by %s",
-        config.model.name,
-        f"{base.num_parameters:,}",
-        len(base.sites),
-        f"{parts.learner.num_trainable:,}",
-        config.method.name.name,
-    )
-    logger.info(
-        "task %s: %d rows to train on, selection on %d (%s), report on %d (%s)",
-        task.name,
-        len(task.train.rows),
-        len(task.selection.rows),
-        task.selection.name,
-        len(task.report.rows),
-        task.report.name,
-    )
-    logger.info(
-        "%d steps of %d rows, %d adaptations, learning rate %g",
-        horizon.steps,
-        config.trainer.batch_size,
-        horizon.adaptations,
-        config.optimizer.lr,
-    )

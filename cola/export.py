@@ -19,13 +19,31 @@ from cola.config.choices import Objective
 from cola.sites import SiteKind, SiteName, SiteSpec, to_base_layout
 
 FORMAT_VERSION = 1
-_PREFIX = "base_model.model."
+ADAPTERS, DESCRIPTION = "adapters.safetensors", "adapters.json"
+PEFT_TENSORS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PEFT_PREFIX = "base_model.model."
 _PEFT_HEADS = {"classifier", "score"}
-_TASK_TYPES = {
+TASK_TYPES = {
     Objective.classification: "SEQ_CLS",
     Objective.regression: "SEQ_CLS",
     Objective.causal: "CAUSAL_LM",
+    Objective.seq2seq: "SEQ_2_SEQ_LM",
 }
+
+
+def export_run(
+    folder: Path,
+    adapters: Mapping[SiteName, Adapter],
+    heads: Mapping[str, Tensor],
+    *,
+    scale: float,
+    base: str,
+    objective: Objective,
+) -> None:
+    """Writes all adapters of a run, and the PEFT folder where PEFT can hold them."""
+    export_adapters(folder, adapters, scale=scale, base=base)
+    if can_export_peft(adapters, objective):
+        export_peft(folder / "peft", adapters, heads, scale=scale, base=base, objective=objective)
 
 
 def export_adapters(
@@ -45,24 +63,30 @@ def export_adapters(
         for site, adapter in adapters.items()
         for name, parameter in adapter.named_parameters()
     }
-    save_file(tensors, folder / "adapters.safetensors")
+    save_file(tensors, folder / ADAPTERS)
     described = {
         "format_version": FORMAT_VERSION,
         "base_model": base,
         "scale": scale,
         "adapters": {site: _describe(adapter) for site, adapter in adapters.items()},
     }
-    _write_json(folder / "adapters.json", described)
+    _write_json(folder / DESCRIPTION, described)
 
 
 def can_export_peft(adapters: Mapping[SiteName, Adapter], objective: Objective) -> bool:
     """Whether all adapters but those of new heads are low-rank, on a text model."""
     body = [adapter for adapter in adapters.values() if not adapter.spec.is_head]
     return (
-        objective in _TASK_TYPES
+        objective in TASK_TYPES
         and bool(body)
         and all(isinstance(adapter, LowRankAdapter) for adapter in body)
     )
+
+
+def head_names(base_model: nn.Module, sites: Iterable[SiteSpec]) -> list[str]:
+    """Outermost modules of classification heads: the new ones, and those that PEFT saves anyway."""
+    names = {spec.name.split(".")[0] for spec in sites if spec.is_head} | _PEFT_HEADS
+    return [name for name, _ in base_model.named_children() if name in names]
 
 
 def head_weights(base_model: nn.Module, sites: Iterable[SiteSpec]) -> dict[str, Tensor]:
@@ -71,12 +95,10 @@ def head_weights(base_model: nn.Module, sites: Iterable[SiteSpec]) -> dict[str, 
     To be taken before training: a merge changes the weights in use. PEFT saves the heads of every
     sequence classifier, new or not.
     """
-    names = {spec.name.split(".")[0] for spec in sites if spec.is_head} | _PEFT_HEADS
     return {
         key: value.detach().cpu().clone()
-        for name, module in base_model.named_children()
-        if name in names
-        for key, value in module.state_dict(prefix=f"{name}.").items()
+        for name in head_names(base_model, sites)
+        for key, value in base_model.get_submodule(name).state_dict(prefix=f"{name}.").items()
     }
 
 
@@ -106,13 +128,13 @@ def export_peft(
     for site, adapter in body.items():
         assert isinstance(adapter, LowRankAdapter)
         rank = adapter.lora_a.shape[0]
-        tensors[f"{_PREFIX}{site}.lora_A.weight"] = adapter.lora_a
-        tensors[f"{_PREFIX}{site}.lora_B.weight"] = adapter.lora_b
+        tensors[f"{PEFT_PREFIX}{site}.lora_A.weight"] = adapter.lora_a
+        tensors[f"{PEFT_PREFIX}{site}.lora_B.weight"] = adapter.lora_b
     for key, value in heads.items():
-        tensors[_PREFIX + key] = _with_delta(key, value, adapters, scale)
+        tensors[PEFT_PREFIX + key] = _with_delta(key, value, adapters, scale)
     config = {
         "peft_type": "LORA",
-        "task_type": _TASK_TYPES[objective],
+        "task_type": TASK_TYPES[objective],
         "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": scale * rank,
@@ -125,8 +147,8 @@ def export_peft(
     }
     folder.mkdir(parents=True, exist_ok=True)
     stored = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    save_file(stored, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    _write_json(folder / "adapter_config.json", config)
+    save_file(stored, folder / PEFT_TENSORS, metadata={"format": "pt"})
+    _write_json(folder / PEFT_CONFIG, config)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ implements it; the trainer knows `Learner`, not which one.
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,16 @@ from cola.adapters import Adapter
 from cola.config.choices import Objective
 from cola.sites import SiteName
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Example = Mapping[str, Any]
-"""One encoded row: model inputs and its label, still unpadded."""
+"""One encoded row, still unpadded.
+
+Text: `input_ids` (T,), and `label` for classifiers or `labels` (T,) for models that write. Rows of
+scored splits that a model writes an answer to also have `prompt_ids` (what it is given) and
+`reference` (the text it should write). `user`, where the data names one, owns the row.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +35,7 @@ class Problem:
 
     Attributes:
         objective: what the loss scores.
-        num_labels: classes; 1 for regression; unused for causal models.
+        num_labels: classes; 1 for regression; unused for models that write.
         image_shape: (channels, height, width) for images, else None.
         max_length: tokens of the longest text row.
     """
@@ -64,6 +72,25 @@ class Batch:
         )
 
 
+@runtime_checkable
+class TensorRows(Protocol):
+    """Rows of a split that lie in whole tensors: a batch is one gather, and they can move."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where they lie."""
+
+    @property
+    def num_bytes(self) -> int:
+        """What they hold there."""
+
+    def to(self, device: torch.device) -> Sequence[Example]:
+        """The same rows on another device."""
+
+    def fetch(self, indices: Tensor) -> Batch:
+        """Rows (B,), given by indices on the rows' device; the same bits as collating them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Split:
     """Encoded rows and where they came from (`train`, `5 % of train`, `validation` ...)."""
@@ -72,11 +99,15 @@ class Split:
     rows: Sequence[Example]
 
 
+Values = Tensor | Sequence[str]
+"""Classes or values (N,) on the CPU, or N texts."""
+
+
 class Score(Protocol):
     """Metric of a task: the first key of the answer is the one a run is judged by."""
 
-    def __call__(self, *, predictions: Tensor, references: Tensor) -> dict[str, float]:
-        """Both (N,), on the CPU; higher is better for the first key."""
+    def __call__(self, *, predictions: Values, references: Values) -> dict[str, float]:
+        """N of each; higher is better for the first key."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +120,10 @@ class TaskData:
             report on. `extra_report` holds further reported splits (MNLI mismatched).
         collate: pads rows into a batch.
         score: the task's metric.
+        collate_prompts: pads the `prompt_ids` of rows for generation; None where models classify.
+        augment: random changes to training batches, a function of the batch and of a generator on
+            the CPU; None where there are none.
+        tokenizer: turns tokens back into text; None for images.
     """
 
     name: str
@@ -99,6 +134,9 @@ class TaskData:
     extra_report: Sequence[Split] = ()
     collate: Callable[[Sequence[Example]], Batch]
     score: Score
+    collate_prompts: Callable[[Sequence[Example]], dict[str, Tensor]] | None = None
+    augment: Callable[[Batch, torch.Generator], Batch] | None = None
+    tokenizer: "PreTrainedTokenizerBase | None" = None
 
 
 @dataclass(frozen=True, kw_only=True)

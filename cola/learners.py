@@ -1,7 +1,8 @@
 """Wires a learner from its parts: the one place that knows which parts a method needs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,10 +24,12 @@ from cola.gradient_learner import GradientLearner, set_training_mode
 from cola.interfaces import Learner, Placement
 from cola.lora import inject_lora
 from cola.merging import Bank, Merger
+from cola.models import BaseModel
 from cola.offload.fitter import AdapterFitter
 from cola.offload.fleet import Fleet
 from cola.offload.transfer import Transfer
 from cola.offload.worker import InlineWorker, ThreadWorker, Worker
+from cola.peft_methods import build_peft_method
 from cola.sites import SiteName, SiteSpec
 from cola.taps import Taps
 
@@ -35,25 +38,23 @@ CORES_PER_WORKER = 4
 
 
 def build_learner(
-    config: ExperimentConfig,
-    model: nn.Module,
-    sites: Mapping[SiteName, SiteSpec],
-    objective: Objective,
+    config: ExperimentConfig, base: BaseModel, objective: Objective, *, adaptations: int
 ) -> Learner:
     """The learner that `method` names, on a model that is on its device already.
 
     Args:
         config: defaults resolved.
-        model: the base model; taken over.
-        sites: of its adapters.
+        base: taken over.
         objective: what the loss scores.
+        adaptations: of the whole run, the horizon of AdaLoRA's budget.
     """
-    builders = {
-        MethodName.cola: _build_cola,
-        MethodName.ft: _build_ft,
-        MethodName.lora: _build_lora,
-    }
-    return builders[config.method.name](config, model, sites, objective)
+    if config.method.name is MethodName.cola:
+        return _build_cola(config, base, objective)
+    if config.method.name is MethodName.ft:
+        return _build_ft(config, base, objective)
+    if config.method.name is MethodName.lora:
+        return _build_lora(config, base, objective)
+    return _build_peft(config, base, objective, adaptations)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,50 +155,62 @@ def resolve_settings(config: ExperimentConfig, objective: Objective) -> Gradient
     )
 
 
-def _build_cola(
-    config: ExperimentConfig,
-    model: nn.Module,
-    sites: Mapping[SiteName, SiteSpec],
-    objective: Objective,
-) -> Learner:
+def _build_cola(config: ExperimentConfig, base: BaseModel, objective: Objective) -> Learner:
     adapters = {
-        name: build_adapter(config.adapter, spec, seed=config.seed) for name, spec in sites.items()
+        name: build_adapter(config.adapter, spec, seed=config.seed)
+        for name, spec in base.sites.items()
     }
-    return build_gradient_learner(model, sites, adapters, resolve_settings(config, objective))
+    settings = resolve_settings(config, objective)
+    return build_gradient_learner(base.module, base.sites, adapters, settings)
 
 
-def _build_ft(
-    config: ExperimentConfig,
-    model: nn.Module,
-    sites: Mapping[SiteName, SiteSpec],
-    objective: Objective,
-) -> Learner:
+def _build_ft(config: ExperimentConfig, base: BaseModel, objective: Objective) -> Learner:
+    trainable = dict(base.module.named_parameters())
     return AutogradLearner(
-        model,
-        dict(model.named_parameters()),
-        objective=objective,
-        optimizer=config.optimizer,
-        reduction=config.trainer.interval_reduction,
+        base.module,
+        trainable,
+        **_autograd_settings(config, base, objective, trainable),
         set_training_mode=nn.Module.train,
     )
 
 
-def _build_lora(
-    config: ExperimentConfig,
-    model: nn.Module,
-    sites: Mapping[SiteName, SiteSpec],
-    objective: Objective,
-) -> Learner:
-    trainable, adapters = inject_lora(model, sites, config.adapter, seed=config.seed)
+def _build_lora(config: ExperimentConfig, base: BaseModel, objective: Objective) -> Learner:
+    trainable, adapters = inject_lora(base.module, base.sites, config.adapter, seed=config.seed)
     return AutogradLearner(
-        model,
+        base.module,
         trainable,
-        objective=objective,
-        optimizer=config.optimizer,
-        reduction=config.trainer.interval_reduction,
+        **_autograd_settings(config, base, objective, trainable),
         set_training_mode=set_training_mode,
         adapters=adapters,
     )
+
+
+def _build_peft(
+    config: ExperimentConfig, base: BaseModel, objective: Objective, adaptations: int
+) -> Learner:
+    method = build_peft_method(config, base, objective, adaptations=adaptations)
+    return AutogradLearner(
+        method.model,
+        method.trainable,
+        **_autograd_settings(config, base, objective, method.trainable),
+        set_training_mode=set_training_mode,
+        ranks=method.ranks,
+        save=method.save,
+    )
+
+
+def _autograd_settings(
+    config: ExperimentConfig, base: BaseModel, objective: Objective, trainable: Iterable[str]
+) -> dict[str, Any]:
+    heads = {name.split(".")[0] for name, spec in base.sites.items() if spec.is_head}
+    return {
+        "objective": objective,
+        "optimizer": config.optimizer,
+        "reduction": config.trainer.interval_reduction,
+        # The PEFT library wraps modules and so adds parts before and after a head's own name.
+        "heads": [name for name in trainable if heads.intersection(name.split("."))],
+        "activation_offload": config.method.activation_offload,
+    }
 
 
 def _num_workers(config: ExperimentConfig) -> int:

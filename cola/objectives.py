@@ -3,6 +3,7 @@
 Every loss is a mean over its scored terms; hidden gradients carry that mean to the adapters.
 """
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -14,28 +15,32 @@ IGNORED = -100
 
 
 def task_loss(objective: Objective, logits: Tensor, batch: Batch) -> Tensor:
-    """Mean loss over the batch's scored terms, a scalar.
+    """Mean loss over the batch's scored terms, a scalar; in float32 at least.
 
     Args:
         objective: what is scored.
-        logits: (B, classes), (B, 1) for regression, (B, T, vocabulary) for causal models.
+        logits: (B, classes), (B, 1) for regression, (B, T, vocabulary) for models that write.
         batch: labels (B,) or (B, T); a batch without any scored term has loss 0.
     """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if objective is Objective.regression:
         return functional.mse_loss(logits.squeeze(-1), batch.labels.to(logits.dtype))
-    if objective is Objective.causal:
-        predicted, labels = logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten()
-        total = functional.cross_entropy(predicted, labels, ignore_index=IGNORED, reduction="sum")
-        return total / max(batch.num_terms, 1)
+    if objective is Objective.causal:  # a decoder predicts its own next token
+        return _token_loss(logits[:, :-1], batch.labels[:, 1:], batch.num_terms)
+    if objective is Objective.seq2seq:  # what the decoder reads is shifted already
+        return _token_loss(logits, batch.labels, batch.num_terms)
     return functional.cross_entropy(logits, batch.labels)
 
 
+def _token_loss(logits: Tensor, labels: Tensor, num_terms: int) -> Tensor:
+    total = functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    return total / max(num_terms, 1)
+
+
 def predict(objective: Objective, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Predictions and references of the scored terms, both (N,)."""
+    """Predictions and references of rows, both (B,); models that write generate theirs instead."""
     if objective is Objective.regression:
         return logits.squeeze(-1), batch.labels
-    if objective is Objective.causal:
-        labels = batch.labels[:, 1:]
-        is_scored = labels != IGNORED
-        return logits[:, :-1].argmax(dim=-1)[is_scored], labels[is_scored]
     return logits.argmax(dim=-1), batch.labels

@@ -1,5 +1,6 @@
 """Process-wide state of a run: devices, dtypes, generators, and stopping politely."""
 
+import logging
 import random
 import signal
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,8 @@ import numpy as np
 import torch
 
 from cola.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -29,6 +32,19 @@ def resolve_device(name: str) -> torch.device:
             "device=auto or device=cpu"
         )
     return device
+
+
+def set_matmul_precision(*, tf32: bool, device: torch.device) -> None:
+    """Whether float32 products and convolutions of a GPU are rounded to TF32.
+
+    Set either way: a run must not inherit what its process did before, nor PyTorch's own default,
+    which rounds convolutions and not products.
+    """
+    if tf32 and device.type == "cpu":
+        logger.warning("model.tf32=true has no effect on device=cpu: only GPUs round to TF32")
+    precision = "tf32" if tf32 else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = precision
+    torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
 
 
 def seed_everything(seed: int) -> None:

@@ -32,7 +32,9 @@ def build_summary(
     steps: int,
     adaptations: int,
     peaks_mib: Mapping[str, float],
+    evaluation_peaks_mib: Mapping[str, float],
     costs: Mapping[str, float],
+    evaluation_seconds: float,
     wall_seconds: float,
 ) -> dict[str, Any]:
     """The summary of a finished run.
@@ -47,25 +49,24 @@ def build_summary(
         steps: batches.
         adaptations: rounds of fitting.
         peaks_mib: training peak by device.
+        evaluation_peaks_mib: peak while evaluating and generating, by device.
         costs: medians per step, keys as logged.
+        evaluation_seconds: evaluation and generation, over all sittings.
         wall_seconds: training and evaluation, over all sittings.
     """
-    adapts = config.method.name is not MethodName.ft
+    is_lora = config.method.name is MethodName.lora
     gradient = config.method.name is MethodName.cola
     return {
         "run": {
             "id": run_id,
             "seed": config.seed,
             "config_hash": config_hash(config),
-            "commit": _commit(),
-            "versions": {"cola": cola.__version__, "python": platform.python_version()}
-            | {name: version(name) for name in _LIBRARIES},
-            "machine": _machine(),
+            **describe_machine(),
         },
         "model": config.model.name if config.model.path is None else config.model.path,
         "task": task,
         "method": config.method.name.name,
-        "adapter": config.adapter.kind.name if gradient else "lowrank" if adapts else None,
+        "adapter": config.adapter.kind.name if gradient else "lowrank" if is_lora else None,
         "merge": config.merge.mode.name if gradient else None,
         "users": config.users.name.name,
         "offload": config.offload.name.name if gradient else None,
@@ -75,11 +76,13 @@ def build_summary(
         "steps": steps,
         "adaptations": adaptations,
         "peak_mib": dict(peaks_mib),
+        "evaluation_peak_mib": dict(evaluation_peaks_mib),
         "base_seconds": costs["time/base_seconds"],
         "offload_seconds": costs["time/offload_seconds"],
         "stall_seconds": costs["time/stall_seconds"],
         "iteration_seconds": costs["time/iteration_seconds"],
         "wire_bytes_per_step": costs["wire/bytes_per_step"],
+        "evaluation_seconds": evaluation_seconds,
         "wall_seconds": wall_seconds,
     }
 
@@ -89,6 +92,16 @@ def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
     draft = run_dir / f"{SUMMARY_FILE}.partial"
     draft.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     draft.replace(run_dir / SUMMARY_FILE)
+
+
+def describe_machine() -> dict[str, Any]:
+    """What figures were obtained with: commit, versions and hardware."""
+    return {
+        "commit": _commit(),
+        "versions": {"cola": cola.__version__, "python": platform.python_version()}
+        | {name: version(name) for name in _LIBRARIES},
+        "machine": _machine(),
+    }
 
 
 def _commit() -> str | None:

@@ -211,6 +211,9 @@ class Taps:
 
     def _report(self, site: SiteName, hidden_input: Tensor, hidden_gradient: Tensor) -> None:
         spec = self._sites[site]
+        # Under autocast x may be wider than the product that the site made of it: what was
+        # multiplied is x rounded, so rounding it here too is exact, and halves the wire.
+        hidden_input = hidden_input.to(hidden_gradient.dtype)
         data = AdaptationData(
             hidden_input=flatten_rows(hidden_input, spec),
             hidden_gradient=flatten_rows(hidden_gradient, spec),

@@ -1,5 +1,6 @@
-"""Where metrics go: `metrics.jsonl` in the run's folder, always, and Weights & Biases if asked.
+"""Where numbers and samples go: files in the run's folder, always, and Weights & Biases if asked.
 
+`metrics.jsonl` has a line per logged step, `samples.jsonl` one per prediction kept to be read.
 Without an API key Weights & Biases writes offline files into the same folder; it never prompts and
 its failure never stops a run.
 """
@@ -7,10 +8,10 @@ its failure never stops a run.
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from cola.config.choices import TrackingName
 from cola.config.schema import TrackingConfig
@@ -18,6 +19,7 @@ from cola.config.schema import TrackingConfig
 logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
 
 
 class Tracker(Protocol):
@@ -25,6 +27,9 @@ class Tracker(Protocol):
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """One logged step; every key carries its unit if it has one."""
+
+    def log_samples(self, step: int, split: str, samples: Sequence[Mapping[str, str]]) -> None:
+        """Predictions of the parameters of a step on a split; all samples have equal keys."""
 
     def finish(self, summary: Mapping[str, Any], figures: Mapping[str, Path]) -> None:
         """The end of a run that succeeded."""
@@ -34,28 +39,36 @@ class Tracker(Protocol):
 
 
 class FilesTracker:
-    """One JSON line per logged step."""
+    """JSON lines: one per logged step, and one per sample."""
 
     def __init__(self, run_dir: Path, *, last_step: int) -> None:
         """Keeps lines up to `last_step`, where a resumed run goes on."""
-        self._path = run_dir / METRICS
-        kept = [row for row in read_metrics(run_dir) if row["step"] <= last_step]
-        draft = self._path.with_suffix(".partial")
-        draft.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        draft.replace(self._path)
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file, _ = _reopen(run_dir / METRICS, last_step)
+        self._samples, kept = _reopen(run_dir / SAMPLES, last_step)
+        # A run that was killed while it reported has written the samples of its report already.
+        self._sampled = {(row["step"], row["split"]) for row in kept}
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends a line and hands it to the system, so that a killed run keeps it."""
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
 
+    def log_samples(self, step: int, split: str, samples: Sequence[Mapping[str, str]]) -> None:
+        """Appends a line per sample, once for every step and split."""
+        if (step, split) in self._sampled:
+            return
+        self._sampled.add((step, split))
+        rows = ({"step": step, "split": split, **sample} for sample in samples)
+        self._samples.write("".join(json.dumps(row) + "\n" for row in rows))
+        self._samples.flush()
+
     def finish(self, summary: Mapping[str, Any], figures: Mapping[str, Path]) -> None:
         """The summary has a file of its own."""
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the files."""
         self._file.close()
+        self._samples.close()
 
 
 class WandbTracker:
@@ -84,6 +97,17 @@ class WandbTracker:
         """One point of every curve."""
         with _tolerated():
             self._run.log(dict(metrics), step=step)
+
+    def log_samples(self, step: int, split: str, samples: Sequence[Mapping[str, str]]) -> None:
+        """A table; it names its step itself, which may be an earlier one than the curves'."""
+        import wandb
+
+        if not samples:
+            return
+        columns: list[str | int] = ["step", *samples[0]]
+        rows = [[step, *sample.values()] for sample in samples]
+        with _tolerated():
+            self._run.log({f"samples/{split}": wandb.Table(columns=columns, data=rows)})
 
     def finish(self, summary: Mapping[str, Any], figures: Mapping[str, Path]) -> None:
         """The run's summary and figures."""
@@ -121,6 +145,11 @@ class Trackers:
         for tracker in self._trackers:
             tracker.log(step, metrics)
 
+    def log_samples(self, step: int, split: str, samples: Sequence[Mapping[str, str]]) -> None:
+        """To every tracker."""
+        for tracker in self._trackers:
+            tracker.log_samples(step, split, samples)
+
     def finish(self, summary: Mapping[str, Any], figures: Mapping[str, Path]) -> None:
         """To every tracker."""
         for tracker in self._trackers:
@@ -145,7 +174,15 @@ def build_tracker(
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """All logged lines of a run; a last line cut short by a kill is left out."""
-    path = run_dir / METRICS
+    return _read_lines(run_dir / METRICS)
+
+
+def read_samples(run_dir: Path) -> list[dict[str, Any]]:
+    """All samples of a run, each with its step and split; without a line that a kill cut short."""
+    return _read_lines(run_dir / SAMPLES)
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = []
@@ -155,6 +192,15 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return rows
+
+
+def _reopen(path: Path, last_step: int) -> tuple[IO[str], list[dict[str, Any]]]:
+    """A file of lines cut back to a step and opened to go on, and the lines that it keeps."""
+    kept = [row for row in _read_lines(path) if row["step"] <= last_step]
+    draft = path.with_suffix(".partial")
+    draft.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    draft.replace(path)
+    return path.open("a", encoding="utf-8"), kept
 
 
 def _has_netrc_key() -> bool:

@@ -10,7 +10,6 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,9 +18,10 @@ from torch import Tensor
 from cola.batches import BatchStream
 from cola.checkpoint import Checkpoints
 from cola.config.choices import SelectOn
-from cola.config.schema import TrainerConfig
+from cola.config.schema import EvaluationConfig, GenerationConfig, TrainerConfig
 from cola.errors import TrainingError
-from cola.evaluation import evaluate
+from cola.evaluation import Evaluation, evaluate
+from cola.horizon import Horizon, Progression
 from cola.interfaces import Adaptation, Learner, Measurements, Split, TaskData
 from cola.meters import MIB, peak_mib, reset_peaks, resident_mib
 from cola.optimizers import LearningRateSchedule
@@ -33,48 +33,6 @@ logger = logging.getLogger(__name__)
 
 MAX_WINDOWS = 1000
 """Logged windows whose costs are remembered for the medians of the summary."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Horizon:
-    """Length of a run in steps (batches) and adaptations.
-
-    Attributes:
-        steps: T, from max_steps or else epochs.
-        steps_per_epoch: batches of one pass over the training split.
-        interval: I. The last interval may be partial and is fitted all the same.
-    """
-
-    steps: int
-    steps_per_epoch: int
-    interval: int
-
-    @classmethod
-    def of(cls, config: TrainerConfig, steps_per_epoch: int) -> "Horizon":
-        """The horizon that a configuration means for this training split."""
-        steps = config.max_steps or config.epochs * steps_per_epoch
-        return cls(steps=steps, steps_per_epoch=steps_per_epoch, interval=config.interval)
-
-    @property
-    def adaptations(self) -> int:
-        """ceil(T / I)."""
-        return math.ceil(self.steps / self.interval)
-
-    def closes_interval(self, step: int) -> bool:
-        """Algorithm 1, line 12, or the end of the run."""
-        return step % self.interval == 0 or step == self.steps
-
-
-@dataclass
-class Progression:
-    """Where a run is; part of every checkpoint."""
-
-    step: int = 0
-    best_value: float = -math.inf
-    best_step: int = 0
-    seconds: float = 0.0  # wall time of training and evaluation in earlier sittings
-    peaks_mib: dict[str, float] = field(default_factory=dict)  # of training, by device
-    windows: list[dict[str, float]] = field(default_factory=list)  # costs between logged steps
 
 
 class Trainer:
@@ -89,15 +47,16 @@ class Trainer:
         horizon: Horizon,
         schedule: LearningRateSchedule,
         config: TrainerConfig,
-        select_on: SelectOn,
-        eval_batch_size: int,
+        evaluation: EvaluationConfig,
+        generation: GenerationConfig,
         checkpoint_every: int | None,
         checkpoints: Checkpoints,
         tracker: Trackers,
         device: torch.device,
     ) -> None:
         self.progression = Progression()
-        self.selection = task.report if select_on is SelectOn.test else task.selection
+        selects_on_test = evaluation.select_on is SelectOn.test
+        self.selection = task.report if selects_on_test else task.selection
         self._learner = learner
         self._task = task
         self._stream = stream
@@ -105,7 +64,8 @@ class Trainer:
         self._schedule = schedule
         self._config = config
         self._eval_every = config.eval_every or horizon.steps_per_epoch
-        self._eval_batch_size = eval_batch_size
+        self._evaluation = evaluation
+        self._generation = generation
         self._checkpoint_every = checkpoint_every
         self._checkpoints = checkpoints
         self._tracker = tracker
@@ -139,12 +99,22 @@ class Trainer:
                     raise KeyboardInterrupt
         self._learner.load_state_dict(self._checkpoints.load_best()["learner"])
 
-    def score(self, split: Split) -> dict[str, float]:
-        """Metrics of the current parameters; the first is the judged one."""
-        with self._paused(), self._learner.evaluating() as model:
-            return evaluate(
-                model, split, self._task, batch_size=self._eval_batch_size, device=self._device
-            )
+    def score(self, split: Split) -> Evaluation:
+        """Evaluates the current parameters; metered apart from training."""
+        started = time.perf_counter()
+        with self._paused():
+            with self._learner.evaluating() as model:
+                found = evaluate(
+                    model,
+                    split,
+                    self._task,
+                    config=self._evaluation,
+                    generation=self._generation,
+                    device=self._device,
+                )
+            _note_peaks(self.progression.evaluation_peaks_mib, self._learner.measure())
+        self.progression.evaluation_seconds += time.perf_counter() - started
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a run needs to go on with the same bits."""
@@ -213,9 +183,10 @@ class Trainer:
         return metrics
 
     def _select(self, step: int) -> None:
-        scores = self.score(self.selection)
-        self._tracker.log(step, {f"selection/{name}": value for name, value in scores.items()})
-        name, value = next(iter(scores.items()))
+        found = self.score(self.selection)
+        self._tracker.log(step, _selection_metrics(found))
+        self._tracker.log_samples(step, self.selection.name, found.samples)
+        name, value = next(iter(found.scores.items()))
         logger.info("step %d: %s %.4f on %s", step, name, value, self.selection.name)
         if value > self.progression.best_value or self.progression.best_step == 0:
             self.progression.best_value, self.progression.best_step = value, step
@@ -237,27 +208,38 @@ class Trainer:
         }
         costs["time/iteration_seconds"] = elapsed / num_steps
         self.progression.windows = [*self.progression.windows, costs][-MAX_WINDOWS:]
-        self._note_peaks(measured)
+        _note_peaks(self.progression.peaks_mib, measured)
         self._begin_window()
         memory = {f"memory/{d}_peak_mib": mib for d, mib in self.progression.peaks_mib.items()}
         for device, owners in measured.held_bytes.items():
             memory |= {f"memory/{device}_{owner}_mib": num / MIB for owner, num in owners.items()}
         return {**costs, **memory, "memory/resident_mib": resident_mib(), **measured.extra}
 
-    def _note_peaks(self, measured: Measurements) -> None:
-        peaks = self.progression.peaks_mib
-        for device, mib in peak_mib(measured.held_bytes).items():
-            peaks[device] = max(mib, peaks.get(device, 0.0))
-
     @contextmanager
     def _paused(self) -> Iterator[None]:
         """Work that is not training: left out of iteration times and of training peaks."""
         started = time.perf_counter()
         measured = self._learner.measure()
-        self._note_peaks(measured)
+        devices = [torch.device(name) for name in measured.held_bytes]
+        _note_peaks(self.progression.peaks_mib, measured)
+        reset_peaks(devices)
         yield
-        reset_peaks(map(torch.device, measured.held_bytes))
+        reset_peaks(devices)
         self._paused_seconds += time.perf_counter() - started
+
+
+def _note_peaks(peaks_mib: dict[str, float], measured: Measurements) -> None:
+    for device, mib in peak_mib(measured.held_bytes).items():
+        peaks_mib[device] = max(mib, peaks_mib.get(device, 0.0))
+
+
+def _selection_metrics(found: Evaluation) -> dict[str, float]:
+    metrics = {f"selection/{name}": value for name, value in found.scores.items()}
+    if found.tokens_per_second is not None:
+        metrics["selection/tokens_per_second"] = found.tokens_per_second
+    for user, scores in found.by_user.items():
+        metrics |= {f"selection/user/{user}/{name}": value for name, value in scores.items()}
+    return metrics
 
 
 def _cumulative(measured: Measurements) -> dict[str, float]:

@@ -19,7 +19,7 @@ from cola.batches import BatchStream
 from cola.config.choices import DType, MergeMode, MethodName
 from cola.config.schema import ExperimentConfig
 from cola.errors import ConfigError
-from cola.experiment import build_task, check_sites
+from cola.experiment import build_problem, build_task, check_sites
 from cola.interfaces import Batch
 from cola.learners import GradientLearning, build_gradient_learner, resolve_settings
 from cola.models import build_base_model
@@ -28,7 +28,6 @@ from cola.oracle import attach_trainable
 from cola.report.text import format_table, print_text
 from cola.runtime import resolve_device, seed_everything
 from cola.sites import SiteName, SiteSpec
-from cola.tasks import resolve_problem
 
 logger = logging.getLogger(__name__)
 
@@ -104,11 +103,10 @@ def run_checks(config: ExperimentConfig) -> list[Check]:
 
 
 def _build_subject(config: ExperimentConfig) -> _Subject:
-    config = dataclasses.replace(
-        config, model=dataclasses.replace(config.model, dtype=DType.float64)
-    )
+    exact = dataclasses.replace(config.model, dtype=DType.float64, autocast=False)
+    config = dataclasses.replace(config, model=exact)
     device = resolve_device(config.device)
-    problem = resolve_problem(config.task, config.model.family)
+    problem = build_problem(config)
     base = build_base_model(config.model, problem, seed=config.seed)
     check_sites(config, base)
     task = build_task(config, problem, base)

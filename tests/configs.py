@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from collections.abc import Sequence
 
 import yaml
 from omegaconf import OmegaConf
@@ -20,9 +21,9 @@ def composed(*overrides: str) -> ComposedRun:
     return copy.deepcopy(_composed(*overrides))
 
 
-def changed(*overrides: str) -> ExperimentConfig:
-    """The default configuration with typed values put in, not checked."""
-    node = OmegaConf.structured(composed().config)
+def changed(*overrides: str, base: Sequence[str] = ()) -> ExperimentConfig:
+    """A composed configuration, the default one at first, with values put in, not checked."""
+    node = OmegaConf.structured(composed(*base).config)
     for override in overrides:
         key, _, value = override.partition("=")
         OmegaConf.update(node, key, yaml.safe_load(value))

@@ -2,16 +2,18 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from cola import checkpoint
 from cola.checkpoint import (
     Checkpoints,
+    keep_new_parameters,
     load_state,
-    new_parameters,
-    restore_parameters,
+    peek_state,
     save_state,
 )
 from cola.errors import DataError
@@ -192,10 +194,83 @@ def test_broken_checkpoint_is_named(tmp_path, file, content):
         load_state(folder)
 
 
-def test_new_parameters_are_restored_bit_for_bit():
+def test_new_parameters_are_kept_once_and_restored_bit_for_bit(tmp_path):
     torch.manual_seed(0)
     source, target = nn.Linear(3, 2), nn.Linear(3, 2)
     kept = {name: value.clone() for name, value in target.state_dict().items()}
-    restore_parameters(target, new_parameters(source, frozenset({"weight"})))
+    path, names = tmp_path / "base.safetensors", frozenset({"weight"})
+    keep_new_parameters(source, names, path)
+    keep_new_parameters(target, names, path)  # as a resumed run does
     assert torch.equal(target.weight, source.weight)
     assert torch.equal(target.bias, kept["bias"])
+
+
+def test_no_new_parameters_make_no_file(tmp_path):
+    keep_new_parameters(nn.Linear(3, 2), frozenset(), tmp_path / "base.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+# Looking at a run that goes on --------------------------------------------------------------------
+
+
+def step_of(state: dict[str, Any] | None) -> int:
+    assert state is not None
+    return int(state["step"])
+
+
+def test_peek_finds_best_and_newest(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    assert peek_state(tmp_path) is None
+    assert peek_state(tmp_path, newest=True) is None
+    for step in (1, 2, 3):
+        checkpoints.save(step, {"step": step})
+    checkpoints.save_best({"step": 2})
+    assert step_of(peek_state(tmp_path)) == 2
+    assert step_of(peek_state(tmp_path, newest=True)) == 3
+
+
+def test_peek_never_moves_what_a_replacement_left(tmp_path):
+    Checkpoints(tmp_path, keep=1).save_best({"step": 1})
+    (tmp_path / "best").rename(tmp_path / ".best.old")  # between the two renames
+    assert step_of(peek_state(tmp_path)) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [".best.old"]
+
+
+def test_peek_reads_again_what_was_replaced_meanwhile(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save_best({"step": 1})
+    true, reads = checkpoint._read, []
+
+    def replacing(folder: Path) -> dict[str, Any]:
+        state = true(folder)
+        if not reads:  # the tensors were of the old folder, the values would be of the new one
+            checkpoints.save_best({"step": 2})
+        reads.append(folder)
+        return state
+
+    monkeypatch.setattr(checkpoint, "_read", replacing)
+    assert step_of(peek_state(tmp_path)) == 2
+    assert len(reads) == 2
+
+
+def test_peek_goes_on_to_a_newer_step_when_one_is_removed(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, {"step": 1})
+    true, reads = checkpoint._read, []
+
+    def removing(folder: Path) -> dict[str, Any]:
+        if not reads:
+            checkpoints.save(2, {"step": 2})  # removes step 1
+        reads.append(folder)
+        return true(folder)
+
+    monkeypatch.setattr(checkpoint, "_read", removing)
+    assert step_of(peek_state(tmp_path, newest=True)) == 2
+
+
+def test_peek_names_what_stays_broken(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "PEEK_SECONDS", 0.0)
+    Checkpoints(tmp_path, keep=1).save_best({"step": 1})
+    (tmp_path / "best" / "state.json").write_text("{")
+    with pytest.raises(DataError, match=r"best is not a checkpoint that can be read: ."):
+        peek_state(tmp_path)

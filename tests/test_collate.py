@@ -14,7 +14,10 @@ from cola.config.schema import TaskConfig
 from cola.errors import ConfigError
 from cola.tasks.collate import (
     CausalCollator,
+    PairCollator,
+    PromptCollator,
     TextCollator,
+    build_prompt_collator,
     build_text_collator,
     collate_images,
 )
@@ -108,6 +111,64 @@ def test_causal_num_terms_is_cross_entropys_count(shapes: list[tuple[int, int]])
     assert batch.num_terms == pytest.approx(float(total / mean))
 
 
+def pair_rows(shapes: list[tuple[int, int]]) -> list[dict[str, Tensor]]:
+    """Rows of (source, target) tokens, int32 as encoded sets hold them."""
+    return [
+        {
+            "input_ids": torch.arange(1, source + 1, dtype=torch.int32),
+            "labels": torch.arange(1, target + 1, dtype=torch.int32),
+        }
+        for source, target in shapes
+    ]
+
+
+def test_pair_pads_right_and_shifts_what_the_decoder_reads() -> None:
+    batch = PairCollator(pad_id=PAD, start_id=7, length=None)(pair_rows([(1, 3), (2, 1)]))
+    assert batch.inputs["input_ids"].tolist() == [[1, PAD], [1, 2]]
+    assert batch.inputs["attention_mask"].tolist() == [[1, 0], [1, 1]]
+    assert batch.inputs["decoder_input_ids"].tolist() == [[7, 1, 2], [7, 1, PAD]]
+    assert batch.labels.tolist() == [[1, 2, 3], [1, -100, -100]]
+    assert set(batch.inputs) == {"input_ids", "attention_mask", "decoder_input_ids"}
+    assert all(tensor.dtype == torch.long for tensor in (*batch.inputs.values(), batch.labels))
+
+
+@pytest.mark.slow  # importing a model takes seconds
+def test_pair_decoder_ids_are_what_transformers_shifts() -> None:
+    from transformers.models.bart.modeling_bart import shift_tokens_right
+
+    batch = PairCollator(pad_id=PAD, start_id=7, length=5)(pair_rows([(1, 3), (2, 5)]))
+    expected = shift_tokens_right(batch.labels, pad_token_id=PAD, decoder_start_token_id=7)
+    assert torch.equal(batch.inputs["decoder_input_ids"], expected)
+
+
+def test_pair_max_length_pads_both_sides() -> None:
+    batch = PairCollator(pad_id=PAD, start_id=7, length=4)(pair_rows([(1, 3)]))
+    assert batch.inputs["input_ids"].shape == batch.labels.shape == (1, 4)
+
+
+def test_pair_num_terms_is_cross_entropys_count() -> None:
+    batch = PairCollator(pad_id=PAD, start_id=7, length=6)(pair_rows([(4, 3), (1, 5)]))
+    assert batch.num_terms == int((batch.labels != -100).sum()) == 8
+
+
+@pytest.mark.parametrize(
+    ("is_left", "ids", "mask"),
+    [
+        (True, [[PAD, 1], [1, 2]], [[0, 1], [1, 1]]),
+        (False, [[1, PAD], [1, 2]], [[1, 0], [1, 1]]),
+    ],
+)
+def test_prompts_are_padded_where_the_model_does_not_go_on(
+    is_left: bool, ids: list[list[int]], mask: list[list[int]]
+) -> None:
+    rows = [{"prompt_ids": torch.arange(1, n + 1, dtype=torch.int32)} for n in (1, 2)]
+    batch = PromptCollator(pad_id=PAD, is_left=is_left)(rows)
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
+        "input_ids": ids,
+        "attention_mask": mask,
+    }
+
+
 def test_image_collator_stacks_pixels() -> None:
     batch = collate_images(
         [{"pixels": torch.full((1, 2, 2), float(i)), "label": i} for i in (3, 4)]
@@ -126,6 +187,17 @@ def test_build_text_collator_follows_objective_and_padding() -> None:
     assert (regression.length, regression.label_dtype) == (7, torch.float32)
     causal = build_text_collator(TaskConfig(), Objective.causal, tokenizer)
     assert causal == CausalCollator(pad_id=0, length=None)
+    pair = build_text_collator(task, Objective.seq2seq, tokenizer, decoder_start_id=5)
+    assert pair == PairCollator(pad_id=0, start_id=5, length=7)
+    for objective, is_left in ((Objective.causal, True), (Objective.seq2seq, False)):
+        prompts = build_prompt_collator(objective, tokenizer)
+        assert prompts == PromptCollator(pad_id=0, is_left=is_left)
+
+
+def test_encoder_decoder_without_a_start_token_is_refused() -> None:
+    tokenizer: Any = SimpleNamespace(pad_token_id=0, eos_token_id=3, pad_token_type_id=0)
+    with pytest.raises(ConfigError, match="no decoder_start_token_id"):
+        build_text_collator(TaskConfig(), Objective.seq2seq, tokenizer)
 
 
 def test_build_text_collator_pads_with_eos_without_a_pad_token() -> None:
@@ -137,8 +209,11 @@ def test_build_text_collator_refuses_a_tokenizer_without_either() -> None:
     tokenizer: Any = SimpleNamespace(pad_token_id=None, eos_token_id=None, pad_token_type_id=0)
     with pytest.raises(ConfigError, match="neither a padding nor an EOS token"):
         build_text_collator(TaskConfig(), Objective.causal, tokenizer)
+    with pytest.raises(ConfigError, match="neither a padding nor an EOS token"):
+        build_prompt_collator(Objective.causal, tokenizer)
 
 
 def test_collators_are_picklable() -> None:
-    collator = text_collator(length=4)
-    assert pickle.loads(pickle.dumps(collator)) == collator
+    pair = PairCollator(pad_id=PAD, start_id=7, length=None)
+    for collator in (text_collator(length=4), pair, PromptCollator(pad_id=PAD, is_left=True)):
+        assert pickle.loads(pickle.dumps(collator)) == collator

@@ -14,6 +14,7 @@ from cola.errors import ConfigError
 HF = ("task=glue", "model=hf", "model.path=somewhere")
 GLUE = ("task=glue",)
 IMAGES = ()
+LLAMA_DOLLY = ("task=dolly", "model=llama-2-7b")
 TINY_GPT2 = ("task=synthetic", "model=tiny-gpt2")
 
 
@@ -53,6 +54,8 @@ def resolved(base, method="cola", adapter="lowrank", subset=None) -> ExperimentC
         ((GLUE, "cola", "linear", "mrpc"), 3e-4),
         ((GLUE, "cola", "linear", "cola"), 3e-4),
         ((GLUE, "cola", "linear", "stsb"), 3e-4),
+        ((LLAMA_DOLLY, "cola", "linear"), 5e-6),
+        ((LLAMA_DOLLY, "cola", "lowrank"), 3e-4),
         ((GLUE, "lora", "linear", "rte"), 3e-4),  # the adapter is not the baseline's
         # Images.
         ((IMAGES, "cola", "lowrank"), 3e-2),
@@ -61,10 +64,16 @@ def resolved(base, method="cola", adapter="lowrank", subset=None) -> ExperimentC
         ((HF, "ft", "lowrank", "mrpc"), 5e-5),
         ((HF, "lora", "lowrank", "mrpc"), 3e-3),
         ((HF, "cola", "lowrank", "mrpc"), 3e-3),
-        ((HF, "cola", "mlp", "mrpc"), 3e-3),
+        ((HF, "cola", "mlp", "mrpc"), 3e-4),
         ((HF, "cola", "linear", "rte"), 3e-4),
         ((TINY_GPT2, "cola", "lowrank"), 3e-3),
         ((TINY_GPT2, "lora"), 3e-3),
+        # The other baselines of the PEFT library.
+        ((GLUE, "adalora", "lowrank", "mrpc"), 3e-4),
+        ((GLUE, "prompt", "lowrank", "rte"), 3e-4),
+        ((HF, "ia3", "lowrank", "mrpc"), 3e-3),
+        ((HF, "prefix", "lowrank", "mrpc"), 1e-2),
+        ((TINY_GPT2, "ptuning"), 3e-2),
     ],
 )
 def test_default_learning_rate(choices, lr):

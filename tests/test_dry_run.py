@@ -8,10 +8,12 @@ import pytest
 
 from cola.config.choices import AdapterKind
 from cola.dry_run import DryRun, estimate, print_dry_run
+from cola.errors import ConfigError
 from tests.configs import composed
 from tests.runs import run
 
 ROBERTA = "task=glue"
+CLASSIFIES = ("task.objective=classification",)
 MNIST = "task.image_shape=[1,28,28]"
 CIFAR10 = "task.image_shape=[3,32,32]"
 
@@ -39,6 +41,62 @@ def test_counts_of_roberta_base(adapter, trainable):
 
 
 # Method, section 4: lowrank, linear, mlp.
+WRITER_COUNTS = {
+    ("bart-base",): (36, [442_368, 21_233_664, 11_837_952]),
+    ("gpt2",): (12, [294_912, 21_233_664, 8_683_008]),
+    ("llama-2-7b",): (64, [4_194_304, 1_073_741_824, 103_047_168]),
+    ("llama-2-7b", "model.sites=all"): (224, [19_988_480, 6_476_005_376, 502_665_216]),
+}
+
+
+@pytest.mark.parametrize("overrides", WRITER_COUNTS, ids=" ".join)
+def test_counts_of_models_that_write(monkeypatch, overrides):
+    monkeypatch.setattr("cola.dry_run._trace", lambda *_: (0, 0))  # 224 sites take a second
+    sites, counts = WRITER_COUNTS[overrides]
+    config = composed("task=synthetic", f"model={overrides[0]}", *overrides[1:]).config
+    for kind, trainable in zip(("lowrank", "linear", "mlp"), counts, strict=True):
+        adapter = dataclasses.replace(config.adapter, kind=AdapterKind[kind])
+        dry = estimate(dataclasses.replace(config, adapter=adapter, dry_run=True))
+        assert (dry.sites, dry.trainable_parameters) == (sites, trainable)
+
+
+@pytest.mark.parametrize(
+    ("model", "sites", "num_bytes"),
+    [
+        ("bart-base", 36, 2 * 36 * 768 * 4),
+        ("gpt2", 12, 12 * (768 + 3 * 768) * 4),
+        ("llama-2-7b", 64, 2 * 64 * 4096 * 2),
+    ],
+)
+def test_wire_of_models_that_write_is_that_of_every_token(model, sites, num_bytes):
+    dry = facts("task=synthetic", f"model={model}", "offload=cpu")
+    assert dry.sites == sites
+    assert dry.wire_out_bytes == 32 * 32 * num_bytes
+
+
+@pytest.mark.parametrize("model", ["tiny-llama", "tiny-gpt2"])
+def test_models_that_write_can_be_estimated_as_classifiers(model):
+    dry = facts(ROBERTA, f"model={model}", *CLASSIFIES, "adapter.rank=1")
+    inner = facts("task=synthetic", f"model={model}", "adapter.rank=1")
+    assert dry.sites == inner.sites + 1
+    assert dry.trainable_parameters == inner.trainable_parameters + 2 * 64
+
+
+def test_classifier_that_looks_at_its_inputs_cannot_be_estimated():
+    with pytest.raises(ConfigError, match=r"dry_run=true: tiny-bart.*use trainer\.max_steps=1"):
+        facts(ROBERTA, "model=tiny-bart", *CLASSIFIES)
+
+
+def test_gradient_checkpointing_keeps_less():
+    plain, saving = (
+        facts("task=synthetic", "model=tiny-bart", f"model.gradient_checkpointing={given}")
+        for given in ("false", "true")
+    )
+    kept = "kept for the backward pass"
+    assert saving.memory_bytes["base"][kept] < plain.memory_bytes["base"][kept]
+    assert saving.trainable_parameters == plain.trainable_parameters
+
+
 IMAGE_COUNTS = {
     ("linear", MNIST): (1, [6_352, 7_850, 136_074]),
     ("linear", CIFAR10): (1, [24_656, 30_730, 428_938]),

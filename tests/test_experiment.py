@@ -1,5 +1,6 @@
 """Whole runs: what they write, what the summary says, what they refuse, and that they learn."""
 
+import dataclasses
 import json
 import math
 import struct
@@ -14,6 +15,7 @@ from cola.config.choices import MergeMode
 from cola.config.identity import CONFIG_FILE, config_hash, load_config
 from cola.errors import ConfigError, OffloadError, SiteError, TrainingError
 from cola.experiment import run_experiment
+from cola.tracking import read_samples
 from tests.runs import CONSTANT_RATE, Run, config_of, run, small_synthetic, write_rows
 
 SYNTHETIC = ("task=synthetic", "trainer.batch_size=16")
@@ -46,6 +48,7 @@ def test_folder_holds_everything(full):
     assert found == {
         "config.yaml",
         "metrics.jsonl",
+        "samples.jsonl",
         "summary.json",
         "base.safetensors",
         "figures/learning_curve.png",
@@ -91,7 +94,9 @@ METRIC_KEYS = frozenset({
 
 def test_metrics_name_their_units(full):
     rows = {frozenset(row) for row in full.rows}
-    assert rows == {METRIC_KEYS, frozenset({"step", "selection/accuracy", "selection/loss"})}
+    users = {f"selection/user/{user}/accuracy" for user in full.summary["result"]["by_user"]}
+    selection = {f"selection/{name}" for name in ("accuracy", "loss", "tokens_per_second")}
+    assert rows == {METRIC_KEYS, frozenset({"step"} | selection | users)}
 
 
 def test_metrics_say_what_rounding_lost_in_bfloat16(tmp_path):
@@ -135,17 +140,21 @@ SUMMARY = {
         "selected_step": int,
         "selection_value": float,
         "scores": {"test": {"accuracy": float, "loss": float}},
+        "by_user": dict,
+        "tokens_per_second": float,
     },
     "trainable_parameters": int,
     "sites": int,
     "steps": int,
     "adaptations": int,
     "peak_mib": {"cpu": float},
+    "evaluation_peak_mib": {"cpu": float},
     "base_seconds": float,
     "offload_seconds": float,
     "stall_seconds": float,
     "iteration_seconds": float,
     "wire_bytes_per_step": float,
+    "evaluation_seconds": float,
     "wall_seconds": float,
 }  # fmt: skip
 
@@ -241,8 +250,9 @@ def test_best_parameters_are_reported_and_exported(tmp_path, monkeypatch):
     true, values = trainer.evaluate, iter([0.9, 0.1, 0.5])
 
     def fall(*arguments, **settings):
-        scores = true(*arguments, **settings)
-        return {**scores, "accuracy": next(values, scores["accuracy"])}
+        found = true(*arguments, **settings)
+        accuracy = next(values, found.scores["accuracy"])
+        return dataclasses.replace(found, scores={**found.scores, "accuracy": accuracy})
 
     settings = (*SYNTHETIC, *CONSTANT_RATE, "trainer.eval_every=2")
     short = run(tmp_path / "short", *settings, "trainer.max_steps=2")
@@ -328,14 +338,67 @@ def test_cell_runs(tmp_path, stsb, task, cell):
         "classification": SYNTHETIC,
         "regression": ("task=glue", "task.subset=stsb", "model=tiny-roberta", f"data_dir={stsb}",
                        "trainer.batch_size=16"),
-        "causal": (*SYNTHETIC, "model=tiny-gpt2"),
+        "causal": (*SYNTHETIC, "model=tiny-gpt2", "generation.max_new_tokens=4"),
         "image": (*DIGITS, "model=cnn", "model.architecture.channels=[8,16]"),
     }[task]  # fmt: skip
     done = run(tmp_path, *settings, *cell, "trainer.max_steps=2", "trainer.log_every=1")
-    metric = {"regression": "pearson", "causal": "token_accuracy"}.get(task, "accuracy")
+    metric = {"regression": "pearson", "causal": "rougeL"}.get(task, "accuracy")
     assert done.summary["result"]["metric"] == metric
     assert all(map(math.isfinite, done.losses))
     assert done.losses[0] != done.losses[1]
+
+
+# Evaluation aside --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [2.0, 60.0])
+def test_peaks_of_training_and_evaluation_do_not_mix(tmp_path, monkeypatch, training):
+    from cola import trainer
+
+    peak = {"mib": training}
+    true = trainer.evaluate
+
+    def heavy(*arguments, **settings):
+        peak["mib"] = max(peak["mib"], 50.0)
+        return true(*arguments, **settings)
+
+    monkeypatch.setattr(trainer, "peak_mib", lambda held: {"cuda:0": peak["mib"]})
+    monkeypatch.setattr(trainer, "reset_peaks", lambda devices: peak.update(mib=1.0))
+    monkeypatch.setattr(trainer, "evaluate", heavy)
+    # An evaluation at every step: training peaks are reached before, between and after them.
+    settings = ("trainer.max_steps=3", "trainer.eval_every=1", "trainer.log_every=1")
+    done = run(tmp_path, *SYNTHETIC, *settings)
+    assert done.summary["peak_mib"] == {"cuda:0": training}
+    assert done.summary["evaluation_peak_mib"] == {"cuda:0": 50.0}
+    assert {row["memory/cuda:0_peak_mib"] for row in done.rows if "train/loss" in row} == {training}
+
+
+def test_seconds_of_evaluation_are_summed_apart(tmp_path, monkeypatch):
+    import time
+
+    from cola import trainer
+
+    true = trainer.evaluate
+
+    def slow(*arguments, **settings):
+        time.sleep(0.05)
+        return true(*arguments, **settings)
+
+    monkeypatch.setattr(trainer, "evaluate", slow)
+    summary = run(tmp_path, *SYNTHETIC, "trainer.max_steps=2", "trainer.eval_every=1").summary
+    assert summary["evaluation_seconds"] >= 3 * 0.05  # two selections and the report
+    assert summary["iteration_seconds"] < 0.05
+
+
+def test_samples_of_selection_and_report_are_kept(full):
+    rows = read_samples(full.folder)
+    splits = [(row["step"], row["split"]) for row in rows]
+    best = full.summary["result"]["selected_step"]
+    expected = [(3, "validation"), (6, "validation"), (7, "validation"), (best, "test")]
+    assert splits == [pair for pair in expected for _ in range(8)]
+    assert set(rows[0]) == {"step", "split", "input", "prediction", "reference", "user"}
+    assert rows[0]["prediction"] in "01"
+    assert rows[0]["input"].startswith("category ")
 
 
 # Refusals and failures ---------------------------------------------------------------------------

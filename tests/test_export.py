@@ -77,7 +77,8 @@ def trained(monkeypatch: pytest.MonkeyPatch, folder: Path, *overrides: str) -> t
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "evaluate", spy)
         done = run(folder, "task=synthetic", *overrides, "trainer.max_steps=6",
-                   "trainer.batch_size=16", "optimizer.lr=1e-2")  # fmt: skip
+                   "trainer.batch_size=16", "optimizer.lr=1e-2",
+                   "generation.max_new_tokens=4")  # fmt: skip
     return done, seen[-1]
 
 
@@ -114,8 +115,8 @@ MERGED = ("method=cola", "adapter.alpha=2", "merge=merged", "adapter.rank=3")
     ],
 )
 def test_peft_gives_the_trained_logits(tmp_path, monkeypatch, bases, base, overrides):
-    family = ["model.family=decoder"] if base == "decoder" else []
-    model = ("model=hf", f"model.path={bases[base]}", *family)
+    posed = ["task.objective=classification"] if base == "scorer" else []
+    model = ("model=hf", f"model.path={bases[base]}", *posed)
     done, wanted = trained(monkeypatch, tmp_path, *model, *overrides)
     model = load_peft(done, bases[base], is_causal=base == "decoder")
     torch.testing.assert_close(logits(model), wanted, rtol=FLOAT32, atol=FLOAT32)
@@ -165,15 +166,15 @@ def test_run_keeps_what_no_pretrained_file_holds(tmp_path, monkeypatch, bases):
 )
 def test_adapters_are_described_and_load_to_equal_tensors(tmp_path, monkeypatch, overrides, kinds):
     exported = {}
-    from cola import experiment
+    from cola import export
 
-    true = experiment.export_adapters
+    true = export.export_adapters
 
     def spy(folder, adapters, **settings):
         exported.update(adapters)
         true(folder, adapters, **settings)
 
-    monkeypatch.setattr(experiment, "export_adapters", spy)
+    monkeypatch.setattr(export, "export_adapters", spy)
     done, _ = trained(monkeypatch, tmp_path, *overrides, "adapter.alpha=0.5")
     described = json.loads((done.folder / "adapters" / "adapters.json").read_text())
     assert (described["format_version"], described["scale"]) == (1, 0.5)

@@ -9,11 +9,11 @@ import torch
 from cola.adaptation_data import IntervalWeights
 from cola.config.choices import AdapterKind, MergeMode, Objective, Reduction, ScheduleName
 from cola.config.schema import ScheduleConfig, TrainerConfig
+from cola.horizon import Horizon
 from cola.interfaces import Adaptation, Batch
 from cola.objectives import task_loss
 from cola.optimizers import LearningRateSchedule
 from cola.oracle import attach_trainable
-from cola.trainer import Horizon
 from tests import tiny
 from tests.tolerances import EXACT
 

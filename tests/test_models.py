@@ -5,55 +5,31 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.error import HTTPError, URLError
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
-from cola.config.choices import DType, Objective
-from cola.config.schema import ModelConfig
+from cola.config.choices import DType
 from cola.errors import ConfigError, SiteError
 from cola.interfaces import Problem
 from cola.models import (
     BaseModel,
     build_base_model,
     check_rank,
+    resolve_family,
     resolve_sites,
     shared_parameter_sites,
 )
 from cola.models.hub import hub_answers
-from cola.models.site_selection import default_text_sites
+from cola.models.site_selection import attention_sites
 from cola.sites import SiteKind
+from tests.models import image_problem, model_of, text_problem
 
-MODELS = Path(__file__).parents[1] / "conf" / "model"
 IMAGE_MODELS = ["linear", "mlp", "cnn"]
-
-
-def _model(name: str, **settings: Any) -> ModelConfig:
-    """A model of conf/model, checked against the schema."""
-    values = OmegaConf.load(MODELS / f"{name}.yaml")
-    built = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), values))
-    assert isinstance(built, ModelConfig)
-    return replace(built, **settings)
-
-
-def _text(objective: str = "classification", *, num_labels: int = 2) -> Problem:
-    return Problem(
-        objective=Objective[objective], num_labels=num_labels, image_shape=None, max_length=128
-    )
-
-
-def _images(*shape: int) -> Problem:
-    channels, height, width = shape
-    return Problem(
-        objective=Objective.image,
-        num_labels=10,
-        image_shape=(channels, height, width),
-        max_length=0,
-    )
 
 
 def _weights(base: BaseModel) -> dict[str, Tensor]:
@@ -64,7 +40,7 @@ def _weights(base: BaseModel) -> dict[str, Tensor]:
 def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A RoBERTa encoder without a head, saved as a pretrained model would be."""
     folder = tmp_path_factory.mktemp("encoder")
-    base = build_base_model(_model("tiny-roberta"), _text(), seed=7)
+    base = build_base_model(model_of("tiny-roberta"), text_problem(), seed=7)
     base.module.roberta.save_pretrained(folder)
     assert base.tokenizer is not None
     base.tokenizer.save_pretrained(folder)
@@ -75,7 +51,7 @@ def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def decoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A GPT-2 whose configuration and tokenizer know no pad token, as the real one."""
     folder = tmp_path_factory.mktemp("decoder")
-    base = build_base_model(_model("tiny-gpt2"), _text("causal"), seed=7)
+    base = build_base_model(model_of("tiny-gpt2"), text_problem("causal"), seed=7)
     base.module.config.pad_token_id = None
     base.module.generation_config.pad_token_id = None
     base.module.save_pretrained(folder)
@@ -89,7 +65,7 @@ def decoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_roberta_base_on_meta_has_26_sites() -> None:
-    base = build_base_model(_model("roberta-base"), _text(), seed=0, on_meta=True)
+    base = build_base_model(model_of("roberta-base"), text_problem(), seed=0, on_meta=True)
     heads = [spec for spec in base.sites.values() if spec.is_head]
     inner = [spec for spec in base.sites.values() if not spec.is_head]
     assert len(base.sites) == 26
@@ -124,7 +100,7 @@ def test_roberta_base_on_meta_has_26_sites() -> None:
 def test_image_model_adapts_every_layer(
     name: str, shape: tuple[int, int, int], sizes: list[tuple[int, int]]
 ) -> None:
-    base = build_base_model(_model(name), _images(*shape), seed=0, on_meta=True)
+    base = build_base_model(model_of(name), image_problem(*shape), seed=0, on_meta=True)
     specs = list(base.sites.values())
     assert [(spec.in_features, spec.out_features) for spec in specs] == sizes
     assert all(spec.adapter_bias and not spec.is_head for spec in specs)
@@ -136,12 +112,12 @@ def test_image_model_adapts_every_layer(
 
 @pytest.mark.parametrize("name", IMAGE_MODELS)
 def test_image_model_scores_small_digits(name: str) -> None:
-    base = build_base_model(_model(name), _images(1, 8, 8), seed=0)
+    base = build_base_model(model_of(name), image_problem(1, 8, 8), seed=0)
     assert base.module(pixels=torch.zeros(3, 1, 8, 8)).logits.shape == (3, 10)
 
 
 def test_cnn_halves_after_all_but_the_last_convolution() -> None:
-    base = build_base_model(_model("cnn"), _images(1, 8, 8), seed=0)
+    base = build_base_model(model_of("cnn"), image_problem(1, 8, 8), seed=0)
     shapes = []
     for index in range(1, 5):
         base.module.get_submodule(f"conv{index}").register_forward_hook(
@@ -158,10 +134,10 @@ def test_cnn_halves_after_all_but_the_last_convolution() -> None:
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
-        ("mlp", _images(1, 8, 8)),
-        ("cnn", _images(1, 8, 8)),
-        ("tiny-roberta", _text()),
-        ("tiny-gpt2", _text("causal")),
+        ("mlp", image_problem(1, 8, 8)),
+        ("cnn", image_problem(1, 8, 8)),
+        ("tiny-roberta", text_problem()),
+        ("tiny-gpt2", text_problem("causal")),
     ],
 )
 def test_random_weights_come_from_the_seed_alone(
@@ -169,25 +145,25 @@ def test_random_weights_come_from_the_seed_alone(
 ) -> None:
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    first = _weights(build_base_model(_model(name), problem, seed=3, on_meta=on_meta))
+    first = _weights(build_base_model(model_of(name), problem, seed=3, on_meta=on_meta))
     assert torch.equal(torch.get_rng_state(), state)
     if on_meta:
         assert all(value.is_meta for value in first.values())
         return
     torch.manual_seed(2)
-    second = _weights(build_base_model(_model(name), problem, seed=3))
-    other = _weights(build_base_model(_model(name), problem, seed=4))
+    second = _weights(build_base_model(model_of(name), problem, seed=3))
+    other = _weights(build_base_model(model_of(name), problem, seed=4))
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert any(not torch.equal(first[key], other[key]) for key in first)
 
 
 @pytest.mark.parametrize(
-    ("name", "problem"), [("mlp", _images(1, 8, 8)), ("tiny-gpt2", _text("causal"))]
+    ("name", "problem"), [("mlp", image_problem(1, 8, 8)), ("tiny-gpt2", text_problem("causal"))]
 )
 @pytest.mark.parametrize("dtype", list(DType))
 def test_dtypes_share_weights(name: str, problem: Problem, dtype: DType) -> None:
-    single = _weights(build_base_model(_model(name), problem, seed=3))
-    base = build_base_model(_model(name, dtype=dtype), problem, seed=3)
+    single = _weights(build_base_model(model_of(name), problem, seed=3))
+    base = build_base_model(model_of(name, dtype=dtype), problem, seed=3)
     for key, parameter in base.module.named_parameters():
         assert parameter.dtype is getattr(torch, dtype.name)
         assert torch.equal(parameter, single[key].to(parameter.dtype))
@@ -201,7 +177,7 @@ def test_heads_are_the_keys_that_the_file_lacks(
     encoder_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
-        base = build_base_model(_model("hf", path=str(encoder_folder)), _text(), seed=0)
+        base = build_base_model(model_of("hf", path=str(encoder_folder)), text_problem(), seed=0)
     heads = [name for name, spec in base.sites.items() if spec.is_head]
     assert heads == ["classifier.dense", "classifier.out_proj"]
     assert len(base.sites) == 6
@@ -213,14 +189,14 @@ def test_heads_are_the_keys_that_the_file_lacks(
 
 
 def test_new_head_of_pretrained_model_comes_from_the_seed_alone(encoder_folder: Path) -> None:
-    model = _model("hf", path=str(encoder_folder), sites=["query"])
+    model = model_of("hf", path=str(encoder_folder), sites=["query"])
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    first = build_base_model(model, _text(), seed=3)
+    first = build_base_model(model, text_problem(), seed=3)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(2)
-    second = _weights(build_base_model(model, _text(), seed=3))
-    other = _weights(build_base_model(model, _text(), seed=4))
+    second = _weights(build_base_model(model, text_problem(), seed=3))
+    other = _weights(build_base_model(model, text_problem(), seed=4))
     for key, value in _weights(first).items():
         assert torch.equal(value, second[key])
         is_random_weight = key in first.new_parameters and key.endswith("weight")
@@ -228,16 +204,16 @@ def test_new_head_of_pretrained_model_comes_from_the_seed_alone(encoder_folder: 
 
 
 def test_head_of_another_size_is_new_and_one_that_fits_is_not(tmp_path: Path) -> None:
-    tuned = build_base_model(_model("tiny-roberta"), _text(), seed=7)
+    tuned = build_base_model(model_of("tiny-roberta"), text_problem(), seed=7)
     tuned.module.save_pretrained(tmp_path)
     assert tuned.tokenizer is not None
     tuned.tokenizer.save_pretrained(tmp_path)
-    model = _model("hf", path=str(tmp_path))
+    model = model_of("hf", path=str(tmp_path))
     for on_meta in (False, True):
-        same = build_base_model(model, _text(), seed=0, on_meta=on_meta)
+        same = build_base_model(model, text_problem(), seed=0, on_meta=on_meta)
         assert len(same.sites) == 4
         assert not same.new_parameters
-        larger = build_base_model(model, _text(num_labels=3), seed=0, on_meta=on_meta)
+        larger = build_base_model(model, text_problem(num_labels=3), seed=0, on_meta=on_meta)
         assert [name for name, spec in larger.sites.items() if spec.is_head] == [
             "classifier.out_proj"
         ]
@@ -247,30 +223,30 @@ def test_head_of_another_size_is_new_and_one_that_fits_is_not(tmp_path: Path) ->
 
 def test_dry_run_of_folder_needs_its_config_only(encoder_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((encoder_folder / "config.json").read_text())
-    model = _model("hf", path=str(tmp_path))
-    dry = build_base_model(model, _text(), seed=0, on_meta=True)
-    real = build_base_model(_model("hf", path=str(encoder_folder)), _text(), seed=0)
+    model = model_of("hf", path=str(tmp_path))
+    dry = build_base_model(model, text_problem(), seed=0, on_meta=True)
+    real = build_base_model(model_of("hf", path=str(encoder_folder)), text_problem(), seed=0)
     assert dry.sites == real.sites
     assert dry.new_parameters == real.new_parameters
     assert dry.num_parameters == real.num_parameters
 
 
 def test_decoder_without_pad_token_pads_with_its_end(decoder_folder: Path) -> None:
-    model = _model("hf", path=str(decoder_folder))
+    model = model_of("hf", path=str(decoder_folder))
     for objective, side in (("causal", "left"), ("classification", "right")):
-        base = build_base_model(model, _text(objective), seed=0)
+        base = build_base_model(model, text_problem(objective), seed=0)
         assert base.tokenizer is not None
         assert base.tokenizer.pad_token == base.tokenizer.eos_token
         assert base.tokenizer.padding_side == side
         rows = base.tokenizer(["the fox", "a bear by the drill"], padding=True, return_tensors="pt")
         assert base.module(**rows).logits.shape[0] == 2
-    dry = build_base_model(model, _text(), seed=0, on_meta=True)
+    dry = build_base_model(model, text_problem(), seed=0, on_meta=True)
     assert dry.module.config.pad_token_id == 3
 
 
 def test_gradient_checkpointing_is_not_reentrant() -> None:
-    model = _model("tiny-gpt2", gradient_checkpointing=True)
-    base = build_base_model(model, _text("causal"), seed=0)
+    model = model_of("tiny-gpt2", gradient_checkpointing=True)
+    base = build_base_model(model, text_problem("causal"), seed=0)
     checkpoint = base.module.transformer._gradient_checkpointing_func
     assert base.module.transformer.gradient_checkpointing
     assert checkpoint.keywords == {"use_reentrant": False}
@@ -281,7 +257,7 @@ def test_gradient_checkpointing_is_not_reentrant() -> None:
 
 
 def test_word_tokenizer_of_encoder_marks_ends_and_knows_unknown_words() -> None:
-    tokenizer = build_base_model(_model("tiny-roberta"), _text(), seed=0).tokenizer
+    tokenizer = build_base_model(model_of("tiny-roberta"), text_problem(), seed=0).tokenizer
     assert tokenizer is not None
     assert tokenizer.convert_ids_to_tokens([0, 1, 2, 3]) == ["<pad>", "<unk>", "<s>", "</s>"]
     rows = tokenizer(["The FOX, quizzed", "a"], padding=True)
@@ -293,7 +269,7 @@ def test_word_tokenizer_of_encoder_marks_ends_and_knows_unknown_words() -> None:
 
 
 def test_word_tokenizer_of_decoder_pads_left_without_marks() -> None:
-    base = build_base_model(_model("tiny-gpt2"), _text("causal"), seed=0)
+    base = build_base_model(model_of("tiny-gpt2"), text_problem("causal"), seed=0)
     assert base.tokenizer is not None
     rows = base.tokenizer(["the fox", "a"], padding=True)
     assert rows["input_ids"][1][0] == base.tokenizer.pad_token_id
@@ -317,14 +293,18 @@ def test_word_tokenizer_of_decoder_pads_left_without_marks() -> None:
     ],
 )
 def test_sites_are_selected_by_name_suffix_or_pattern(entries: list[str], num_inner: int) -> None:
-    base = build_base_model(_model("tiny-roberta", sites=entries), _text(), seed=0, on_meta=True)
+    base = build_base_model(
+        model_of("tiny-roberta", sites=entries), text_problem(), seed=0, on_meta=True
+    )
     assert len(base.sites) == num_inner + 2
     order = [name for name, _ in base.module.named_modules() if name in base.sites]
     assert list(base.sites) == order
 
 
 def test_default_sites_are_those_of_the_model_type() -> None:
-    base = build_base_model(_model("tiny-gpt2", sites=None), _text("causal"), seed=0, on_meta=True)
+    base = build_base_model(
+        model_of("tiny-gpt2", sites=None), text_problem("causal"), seed=0, on_meta=True
+    )
     assert [name.rpartition(".")[2] for name in base.sites] == ["c_attn", "c_attn"]
     assert {spec.kind for spec in base.sites.values()} == {SiteKind.conv1d}
     assert {(spec.in_features, spec.out_features) for spec in base.sites.values()} == {(64, 192)}
@@ -335,33 +315,34 @@ def test_default_sites_may_be_a_regular_expression(monkeypatch: pytest.MonkeyPat
 
     mapping = "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"
     monkeypatch.setitem(getattr(constants, mapping), "made-up", r"linear[12]")
-    module = build_base_model(_model("mlp"), _images(1, 8, 8), seed=0).module
-    assert default_text_sites(module, _model("mlp"), "made-up") == ["linear1", "linear2"]
+    module = build_base_model(model_of("mlp"), image_problem(1, 8, 8), seed=0).module
+    module.config = SimpleNamespace(model_type="made-up")
+    assert attention_sites(module, model_of("mlp")) == ["linear1", "linear2"]
 
 
 def test_module_with_two_names_is_one_site() -> None:
     module = torch.nn.Module()
     module.first = torch.nn.Linear(2, 2)
     module.second = module.first
-    sites = resolve_sites(module, _model("mlp", sites=["second"]))
+    sites = resolve_sites(module, model_of("mlp", sites=["second"]))
     assert list(sites) == ["first"]
     assert not shared_parameter_sites(module, sites)
 
 
 def test_tied_lm_head_is_a_shared_site() -> None:
-    model = _model("tiny-gpt2", sites=["c_attn", "lm_head"])
+    model = model_of("tiny-gpt2", sites=["c_attn", "lm_head"])
     for on_meta in (False, True):
-        base = build_base_model(model, _text("causal"), seed=0, on_meta=on_meta)
+        base = build_base_model(model, text_problem("causal"), seed=0, on_meta=on_meta)
         assert shared_parameter_sites(base.module, base.sites) == ("lm_head",)
         assert "lm_head.weight" not in base.new_parameters
 
 
 def test_rank_is_checked_against_sites_that_are_no_heads() -> None:
-    text = build_base_model(_model("tiny-roberta"), _text(), seed=0, on_meta=True)
+    text = build_base_model(model_of("tiny-roberta"), text_problem(), seed=0, on_meta=True)
     check_rank(text.sites, 64)
     with pytest.raises(ConfigError, match=r"adapter\.rank=65 .* and 1 more; .* at most 64"):
         check_rank(text.sites, 65)
-    image = build_base_model(_model("cnn"), _images(1, 28, 28), seed=0, on_meta=True)
+    image = build_base_model(model_of("cnn"), image_problem(1, 28, 28), seed=0, on_meta=True)
     check_rank(image.sites, 9)
     with pytest.raises(ConfigError, match=r"smaller side of conv1 \(9\); set .* at most 9"):
         check_rank(image.sites, 10)
@@ -382,72 +363,91 @@ def test_rank_is_checked_against_sites_that_are_no_heads() -> None:
     ],
 )
 def test_site_entry_that_cannot_be_used_is_named(entry: str, message: str) -> None:
-    model = _model("roberta-base", sites=["value", entry])
+    model = model_of("roberta-base", sites=["value", entry])
     with pytest.raises(SiteError, match=message):
-        build_base_model(model, _text(), seed=0, on_meta=True)
+        build_base_model(model, text_problem(), seed=0, on_meta=True)
 
 
 def test_nothing_to_adapt_is_an_error() -> None:
     with pytest.raises(SiteError, match="tiny-gpt2 has no site"):
-        build_base_model(_model("tiny-gpt2", sites=[]), _text("causal"), seed=0, on_meta=True)
+        build_base_model(
+            model_of("tiny-gpt2", sites=[]), text_problem("causal"), seed=0, on_meta=True
+        )
 
 
 def test_model_type_without_default_sites_is_named() -> None:
-    model = _model("tiny-roberta", sites=None)
+    model = model_of("tiny-roberta", sites=None)
     model.architecture = {"model_type": "xlnet", "d_model": 8, "n_layer": 1, "n_head": 2}
-    with pytest.raises(SiteError, match=r"no default sites for tiny-roberta.*set model\.sites"):
-        build_base_model(model, replace(_text(), max_length=8), seed=0, on_meta=True)
+    with pytest.raises(
+        SiteError, match=r"qv means nothing yet for tiny-roberta.*set model\.sites to all or"
+    ):
+        build_base_model(model, replace(text_problem(), max_length=8), seed=0, on_meta=True)
 
 
 @pytest.mark.parametrize(
     ("name", "settings", "problem", "message"),
     [
-        ("hf", {}, _text(), r"model=hf needs model\.path=HUB_ID or model\.path=FOLDER"),
-        ("hf", {"path": "/no/such"}, _text(), r"model\.path=/no/such: there is no such folder"),
-        ("hf", {"path": "a/b/c"}, _text(), "there is no such folder"),
-        ("tiny-roberta", {"path": "x"}, _text(), r"model\.path has no effect on model=tiny-rob"),
-        ("tiny-roberta", {}, _text("causal"), "tiny-roberta is no decoder.*tiny-gpt2"),
-        ("tiny-roberta", {}, _images(1, 8, 8), "reads text, but the task has images.*model=mlp"),
+        ("hf", {}, text_problem(), r"model=hf needs model\.path=HUB_ID or model\.path=FOLDER"),
+        (
+            "hf",
+            {"path": "/no/such"},
+            text_problem(),
+            r"model\.path=/no/such: there is no such folder",
+        ),
+        ("hf", {"path": "a/b/c"}, text_problem(), "there is no such folder"),
+        (
+            "tiny-roberta",
+            {"path": "x"},
+            text_problem(),
+            r"model\.path has no effect on model=tiny-rob",
+        ),
+        ("tiny-roberta", {}, text_problem("causal"), "tiny-roberta is no decoder.*tiny-gpt2"),
+        (
+            "tiny-roberta",
+            {},
+            image_problem(1, 8, 8),
+            "reads text, but the task has images.*model=mlp",
+        ),
         (
             "tiny-gpt2",
             {},
-            replace(_text("causal"), max_length=513),
+            replace(text_problem("causal"), max_length=513),
             r"task\.max_length=513 exceeds the 512 positions of tiny-gpt2",
         ),
-        ("tiny-gpt2", {"architecture": {}}, _text("causal"), "tiny-gpt2 has no model_type"),
+        ("tiny-gpt2", {"architecture": {}}, text_problem("causal"), "tiny-gpt2 has no model_type"),
         (
             "tiny-gpt2",
             {"architecture": {"model_type": "gtp2"}},
-            _text("causal"),
+            text_problem("causal"),
             r"model\.architecture of tiny-gpt2 is invalid",
         ),
         (
             "tiny-gpt2",
             {"architecture": {"model_type": "vit"}, "family": None},
-            _text(),
+            text_problem(),
             "model type 'vit' cannot classify text",
         ),
-        ("mlp", {}, _text(), "model=mlp takes images, but the task is classification"),
-        ("mlp", {"path": "x"}, _images(1, 8, 8), r"model\.path has no effect on model=mlp"),
+        ("mlp", {}, text_problem(), "model=mlp takes images, but the task is classification"),
+        ("mlp", {"path": "x"}, image_problem(1, 8, 8), r"model\.path has no effect on model=mlp"),
         (
             "mlp",
             {"gradient_checkpointing": True},
-            _images(1, 8, 8),
+            image_problem(1, 8, 8),
             r"model\.gradient_checkpointing has no effect",
         ),
         (
             "mlp",
             {"architecture": {"model_type": "mpl"}},
-            _images(1, 8, 8),
+            image_problem(1, 8, 8),
             r"model_type='mpl' is no image model; choose from linear, mlp, cnn",
         ),
         (
             "mlp",
             {"architecture": {"model_type": "mlp", "widths": [3]}},
-            _images(1, 8, 8),
+            image_problem(1, 8, 8),
             r"takes \['hidden'\], given: \['widths'\]",
         ),
-        ("cnn", {}, _images(1, 7, 7), "images of 7 x 7 are too small for 3 halvings"),
+        ("cnn", {}, image_problem(1, 7, 7), "images of 7 x 7 are too small for 3 halvings"),
     ],
 )
 @pytest.mark.parametrize("on_meta", [False, True])
@@ -455,7 +455,7 @@ def test_impossible_model_is_refused_with_the_reason(
     name: str, settings: dict[str, Any], problem: Problem, message: str, *, on_meta: bool
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        build_base_model(_model(name, **settings), problem, seed=0, on_meta=on_meta)
+        build_base_model(model_of(name, **settings), problem, seed=0, on_meta=on_meta)
 
 
 def test_hub_out_of_reach_names_what_works_without(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -463,9 +463,61 @@ def test_hub_out_of_reach_names_what_works_without(monkeypatch: pytest.MonkeyPat
         raise URLError("no route")
 
     monkeypatch.setattr("cola.models.hub.urlopen", refuse)
-    model = _model("hf", path="nobody/nothing")
+    model = model_of("hf", path="nobody/nothing")
     with pytest.raises(ConfigError, match=r"hub was not reached.*model\.path=FOLDER.*task=digits"):
-        build_base_model(model, _text(), seed=0)
+        build_base_model(model, text_problem(), seed=0)
+
+
+def _refuse_like_transformers(monkeypatch: pytest.MonkeyPatch, refusal: type[Exception]) -> None:
+    """The hub answers, refuses, and the library wraps that in its own words."""
+    from transformers import AutoConfig
+
+    def load(*_args: object, **_settings: object) -> None:
+        response = SimpleNamespace(headers={}, request=None)
+        try:
+            raise refusal("403 Client Error", response=response)  # type: ignore[call-arg]
+        except refusal as error:
+            raise OSError("a long explanation\nof the library") from error
+
+    monkeypatch.setattr("cola.models.hub.hub_answers", lambda: True)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", load)
+
+
+@pytest.mark.parametrize(
+    ("refusal", "token", "message"),
+    [
+        (
+            "GatedRepoError",
+            None,
+            r"meta-llama/Llama-2-7b-hf is gated: accept its licence at "
+            r"https://huggingface\.co/meta-llama/Llama-2-7b-hf, then run hf auth login or set "
+            r"HF_TOKEN; or use model\.path=FOLDER",
+        ),
+        (
+            "GatedRepoError",
+            "hf_x",
+            r"is gated: accept its licence at https://huggingface\.co/meta-llama/Llama-2-7b-hf, "
+            r"with the account of the token in use, and wait until access is granted.*FOLDER",
+        ),
+        ("RepositoryNotFoundError", None, r"without a token one sees no such model.*spelling.*log"),
+        ("RepositoryNotFoundError", "hf_x", r"the token in use sees no such model on the hub"),
+    ],
+)
+@pytest.mark.parametrize("use", ["family", "build"])
+def test_hub_that_refuses_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, refusal: str, token: str | None, message: str, use: str
+) -> None:
+    import huggingface_hub
+
+    _refuse_like_transformers(monkeypatch, getattr(huggingface_hub.errors, refusal))
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
+    model = model_of("llama-2-7b", family=None)
+    calls: dict[str, Callable[[], object]] = {
+        "family": lambda: resolve_family(model),
+        "build": lambda: build_base_model(model, text_problem("causal"), seed=0),
+    }
+    with pytest.raises(ConfigError, match=message):
+        calls[use]()
 
 
 @pytest.mark.parametrize(
@@ -536,7 +588,7 @@ def test_damaged_folder_is_named_with_what_is_wrong(
         (tmp_path / path.name).write_bytes(path.read_bytes())
     damage(tmp_path)
     with pytest.raises(ConfigError, match=message) as raised:
-        build_base_model(_model("hf", path=str(tmp_path)), _text(), seed=0)
+        build_base_model(model_of("hf", path=str(tmp_path)), text_problem(), seed=0)
     assert str(tmp_path) in str(raised.value)
 
 
@@ -550,21 +602,21 @@ def test_missing_base_tensor_is_warned_about(
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["encoder.layer.0.attention.self.key.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
-    base = build_base_model(_model("hf", path=str(tmp_path)), _text(), seed=0)
+    base = build_base_model(model_of("hf", path=str(tmp_path)), text_problem(), seed=0)
     assert "hence random: roberta.encoder.layer.0.attention.self.key.weight" in caplog.text
     assert "roberta.encoder.layer.0.attention.self.key.weight" in base.new_parameters
 
 
 def test_model_without_gradient_checkpointing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.GPT2PreTrainedModel.supports_gradient_checkpointing", False)
-    model = _model("tiny-gpt2", gradient_checkpointing=True)
+    model = model_of("tiny-gpt2", gradient_checkpointing=True)
     with pytest.raises(ConfigError, match=r"checkpointing: tiny-gpt2 does not support it"):
-        build_base_model(model, _text("causal"), seed=0)
+        build_base_model(model, text_problem("causal"), seed=0)
 
 
 def test_masked_model_is_no_decoder(encoder_folder: Path) -> None:
     with pytest.raises(ConfigError, match="is no decoder, but the task predicts next tokens"):
-        build_base_model(_model("hf", path=str(encoder_folder)), _text("causal"), seed=0)
+        build_base_model(model_of("hf", path=str(encoder_folder)), text_problem("causal"), seed=0)
 
 
 def test_image_models_import_neither_transformers_nor_peft() -> None:

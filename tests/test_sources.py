@@ -3,7 +3,7 @@
 import gzip
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +14,7 @@ import pytest
 from cola.config.schema import TaskConfig
 from cola.errors import ConfigError, DataError
 from cola.tasks import hub
-from cola.tasks.sources import hold_out, load_arrays, load_rows
+from cola.tasks.sources import list_splits, load_arrays, load_rows
 
 MRPC = TaskConfig(name="glue", folder="glue/mrpc", hub="nyu-mll/glue", subset="mrpc", num_labels=2)
 MNIST = TaskConfig(name="mnist", folder="mnist", hub="ylecun/mnist", num_labels=10)
@@ -67,6 +67,23 @@ def test_missing_data_dir_is_named(tmp_path: Path) -> None:
         read(tmp_path / "absent")
 
 
+def test_splits_are_those_that_have_files(tmp_path: Path) -> None:
+    for name in ("train.jsonl.gz", "test.jsonl", "validation.csv"):
+        write_lines(tmp_path / "glue/mrpc" / name, as_lines(mrpc_rows(1)))
+    assert list_splits(MRPC, str(tmp_path)) == ["test", "train"]
+
+
+def test_builtin_is_the_packages_own_folder() -> None:
+    assert list_splits(MRPC, "builtin") == ["train", "validation"]
+    rows = load_rows(MRPC, "train", columns=("sentence1", "label"), data_dir="builtin")
+    assert len(rows) == 24
+
+
+def test_builtin_has_no_images() -> None:
+    with pytest.raises(DataError, match="no images for task=mnist; choose task=digits"):
+        load_arrays(MNIST, "builtin")
+
+
 def test_missing_split_lists_the_splits_there(tmp_path: Path) -> None:
     write_lines(tmp_path / "glue/mrpc/validation.jsonl.gz", as_lines(mrpc_rows(1)))
     with pytest.raises(DataError, match=r"no split 'train'.*splits there: validation"):
@@ -110,30 +127,6 @@ def test_unreadable_file_is_named(tmp_path: Path, broken: str) -> None:
         read(tmp_path)
 
 
-def test_hold_out_partitions_rows_in_order() -> None:
-    kept, held = hold_out(range(100), seed=0)
-    assert len(held) == 5
-    assert sorted(kept + held) == list(range(100))
-    assert kept == sorted(kept)
-    assert held == sorted(held)
-
-
-def test_hold_out_depends_on_its_seed_alone() -> None:
-    assert hold_out(range(100), seed=1) == hold_out(range(100), seed=1)
-    assert hold_out(range(100), seed=1) != hold_out(range(100), seed=2)
-
-
-@pytest.mark.parametrize("fraction", [0.0, 0.01, 1.0])
-def test_hold_out_leaves_a_row_on_either_side(fraction: float) -> None:
-    kept, held = hold_out([1, 2], fraction=fraction, seed=0)
-    assert (len(kept), len(held)) == (1, 1)
-
-
-def test_hold_out_of_one_row_fails() -> None:
-    with pytest.raises(DataError, match=r"1 rows cannot be divided.*max_train_rows"):
-        hold_out([1], seed=0)
-
-
 def test_load_arrays_reads_npz(tmp_path: Path) -> None:
     (tmp_path / "mnist").mkdir()
     images, labels = np.zeros((2, 28, 28), np.uint8), np.arange(2)
@@ -173,34 +166,60 @@ class FakeTable:
     def select(self, indices: range) -> "FakeTable":
         return FakeTable([self.rows[index] for index in indices])
 
-    def to_list(self) -> list[dict[str, Any]]:
-        return self.rows
+    def select_columns(self, columns: list[str]) -> "FakeTable":
+        return FakeTable([{name: row[name] for name in columns} for row in self.rows])
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.rows)
 
 
 class FakeHub:
     """Stands in for the `datasets` and `huggingface_hub` packages."""
 
-    def __init__(self, rows: list[dict[str, Any]], *, answers: bool) -> None:
+    def __init__(
+        self, rows: list[dict[str, Any]], *, answers: bool = True, error: Exception | None = None
+    ) -> None:
         self.rows = rows
         self.answers = answers
+        self.error = error
         self.offline_flags: list[bool] = []
+        self.asked: list[tuple[Any, ...]] = []
 
-    def load_dataset(self, path: str, name: str | None, *, split: str) -> FakeTable:
+    def load_dataset(
+        self, path: str, name: str | None, *, split: str, **options: str | None
+    ) -> FakeTable:
         self.offline_flags.append(sys.modules["datasets.config"].HF_HUB_OFFLINE)
-        if not self.rows:
-            raise ConnectionError(f"cannot reach {path} {name} {split}")
+        self.asked.append((path, name, options))
+        if self.error is not None:
+            raise self.error
         return FakeTable(self.rows)
+
+    def get_dataset_split_names(
+        self, path: str, name: str | None, **options: str | None
+    ) -> list[str]:
+        self.asked.append((path, name, options))
+        return ["train", "test"]
+
+
+class GatedRepoError(Exception):
+    """Stands in for the error of `huggingface_hub`."""
 
 
 def install(monkeypatch: pytest.MonkeyPatch, fake: FakeHub) -> None:
     """Replace the hub packages, whose import takes seconds."""
     config, constants = ModuleType("datasets.config"), ModuleType("huggingface_hub.constants")
     datasets, package = ModuleType("datasets"), ModuleType("huggingface_hub")
+    errors = ModuleType("huggingface_hub.errors")
     for module in (config, constants):
         vars(module)["HF_HUB_OFFLINE"] = False
-    vars(datasets).update(config=config, load_dataset=fake.load_dataset)
-    vars(package).update(constants=constants)
-    for module in (datasets, package, config, constants):
+    vars(datasets).update(
+        config=config,
+        load_dataset=fake.load_dataset,
+        get_dataset_split_names=fake.get_dataset_split_names,
+    )
+    vars(package).update(constants=constants, errors=errors)
+    vars(errors).update(GatedRepoError=GatedRepoError)
+    for module in (datasets, package, config, constants, errors):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(hub, "_hub_answers", lambda hub_id: fake.answers)
 
@@ -212,7 +231,7 @@ def test_hub_rows_are_read_online_or_from_the_cache(
     fake = FakeHub(mrpc_rows(5), answers=answers)
     install(monkeypatch, fake)
     rows = load_rows(MRPC, "train", columns=("label",), data_dir=None, limit=3)
-    assert rows == mrpc_rows(3)
+    assert rows == [{"label": 0}, {"label": 1}, {"label": 0}]
     assert fake.offline_flags == [not answers]
     assert sys.modules["datasets.config"].HF_HUB_OFFLINE is False
 
@@ -223,10 +242,88 @@ def test_hub_rows_are_read_online_or_from_the_cache(
 def test_hub_failure_names_what_works_offline(
     monkeypatch: pytest.MonkeyPatch, answers: bool, reason: str
 ) -> None:
-    install(monkeypatch, FakeHub([], answers=answers))
+    install(monkeypatch, FakeHub([], answers=answers, error=ConnectionError("no route")))
     expected = f"nyu-mll/glue.*{reason}.*data_dir=FOLDER.*task=digits, task=synthetic"
     with pytest.raises(DataError, match=expected):
         load_rows(MRPC, "train", columns=(), data_dir=None)
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        ("Dataset scripts are no longer supported, but found x.py", r"task\.revision=refs/convert"),
+        (
+            "Revision 'x' doesn't exist for dataset 'a/b' on the Hub.",
+            r"set task\.revision to a bra",
+        ),
+        ("BuilderConfig 'x' not found. Available: ['5768']", "third part of task.hub=OWNER/SET/CO"),
+        ("Config name is missing.\nPlease pick one", "set task.hub=OWNER/SET/CONFIGURATION"),
+        ('Unknown split "train". Should be one of', r"set task\.hub to a set that has it"),
+        (
+            "Dataset 'a/b' doesn't exist on the Hub or cannot",
+            r"set task\.hub to the id of a public",
+        ),
+    ],
+)
+def test_hub_failure_says_what_to_change(
+    monkeypatch: pytest.MonkeyPatch, error: str, advice: str
+) -> None:
+    install(monkeypatch, FakeHub([], error=ValueError(error)))
+    with pytest.raises(DataError, match=f"(?s)could not be loaded from the hub.*{advice}"):
+        load_rows(MRPC, "train", columns=(), data_dir=None)
+
+
+def test_gated_set_asks_for_its_licence_and_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrapped = FileNotFoundError("Dataset 'a/b' is a gated dataset on the Hub.")
+    wrapped.__cause__ = GatedRepoError("401")
+    install(monkeypatch, FakeHub([], error=wrapped))
+    expected = "accept the licence on https://huggingface.co/datasets/nyu-mll/glue and set HF_TOKEN"
+    with pytest.raises(DataError, match=expected):
+        load_rows(MRPC, "train", columns=(), data_dir=None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked"),
+    [
+        ({"hub": "a/b"}, ("a/b", None, {"revision": None})),
+        ({"hub": "imdb"}, ("imdb", None, {"revision": None})),
+        ({"hub": "a/b", "subset": "c"}, ("a/b", "c", {"revision": None})),
+        ({"hub": "a/b/c", "revision": "main"}, ("a/b", "c", {"revision": "main"})),
+        (
+            {"hub": "a/b/c", "revision": "refs/convert/parquet"},
+            ("a/b", None, {"data_dir": "c", "revision": "refs/convert/parquet"}),
+        ),
+    ],
+)
+def test_hub_set_is_found_by_configuration_and_revision(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], asked: tuple[Any, ...]
+) -> None:
+    fake = FakeHub(mrpc_rows(1))
+    install(monkeypatch, fake)
+    task = TaskConfig(name="fpb", **settings)
+    assert list_splits(task, None) == ["train", "test"]
+    load_rows(task, "train", columns=("label",), data_dir=None)
+    assert fake.asked == [asked, asked]
+
+
+@pytest.mark.slow
+def test_converted_branch_is_read_by_folder(tmp_path: Path) -> None:
+    """What `datasets` makes of the files that such a branch holds, read from a folder."""
+    import datasets
+
+    for configuration, split in (("a", "train"), ("a", "dev"), ("b", "train")):
+        folder = tmp_path / "set" / configuration / split
+        folder.mkdir(parents=True)
+        table = datasets.Dataset.from_list([{"text": f"{configuration} {split}"}])
+        table.to_parquet(str(folder / "0000.parquet"))
+    options: dict[str, Any] = {"data_dir": "a", "cache_dir": str(tmp_path / "cache")}
+    loaded = datasets.load_dataset(str(tmp_path / "set"), None, **options)
+    assert {name: list(split["text"]) for name, split in loaded.items()} == {
+        "train": ["a train"],
+        "validation": ["a dev"],
+    }
+    names = datasets.get_dataset_split_names(str(tmp_path / "set"), None, data_dir="a")
+    assert names == ["train", "validation"]
 
 
 def test_hub_set_without_a_column_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,11 @@
 """Problems, splits and encoded rows of every task."""
 
+import dataclasses
 import gzip
 import json
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -16,7 +15,6 @@ from cola.errors import ConfigError, DataError
 from cola.interfaces import Split, TaskData
 from cola.synthetic_language import CATEGORY_OPENINGS, synthetic_words
 from cola.tasks import load_task, metric_name, resolve_problem
-from cola.tasks.encoding import encode_responses
 from cola.tasks.glue import SUBSETS, join_columns
 from cola.tasks.synthetic import generate_rows
 
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DIGITS = TaskConfig(name="digits", num_labels=10, image_shape=[1, 8, 8])
-MNIST = TaskConfig(name="mnist", folder="mnist", num_labels=10, image_shape=[1, 28, 28])
 SYNTHETIC = TaskConfig(name="synthetic", num_labels=2, max_length=32)
 
 
@@ -67,7 +64,7 @@ def load(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     *,
     family: Family | None = None,
-    data_dir: Path | None = None,
+    data_dir: Path | str | None = None,
     split_seed: int = 0,
 ) -> TaskData:
     return load_task(
@@ -77,6 +74,7 @@ def load(
         score=no_score,
         data_dir=None if data_dir is None else str(data_dir),
         split_seed=split_seed,
+        decoder_start_id=2,
     )
 
 
@@ -121,7 +119,7 @@ def test_glue_problem_follows_the_subset(
     problem = resolve_problem(glue(subset, max_length=64), family)
     assert (problem.objective, problem.num_labels) == (objective, num_labels)
     assert (problem.image_shape, problem.max_length) == (None, 64)
-    assert metric_name(glue(subset)) == metric
+    assert metric_name(glue(subset), objective) == metric
 
 
 def test_glue_has_the_papers_eight_subsets() -> None:
@@ -134,10 +132,15 @@ def test_glue_has_the_papers_eight_subsets() -> None:
         (None, Objective.classification),
         (Family.encoder, Objective.classification),
         (Family.decoder, Objective.causal),
+        (Family.seq2seq, Objective.seq2seq),
     ],
 )
 def test_synthetic_is_posed_by_the_family(family: Family | None, objective: Objective) -> None:
-    assert resolve_problem(SYNTHETIC, family).objective is objective
+    problem = resolve_problem(SYNTHETIC, family)
+    assert problem.objective is objective
+    writes = objective is not Objective.classification
+    assert problem.num_labels == (0 if writes else 2)
+    assert metric_name(SYNTHETIC, objective) == ("rouge_l" if writes else "accuracy")
 
 
 def test_stated_objective_wins_over_the_family() -> None:
@@ -148,7 +151,7 @@ def test_stated_objective_wins_over_the_family() -> None:
 def test_image_problem_has_a_shape() -> None:
     problem = resolve_problem(DIGITS, None)
     assert (problem.objective, problem.image_shape) == (Objective.image, (1, 8, 8))
-    assert metric_name(DIGITS) == "accuracy"
+    assert metric_name(DIGITS, Objective.image) == "accuracy"
 
 
 @pytest.mark.parametrize(
@@ -184,7 +187,8 @@ def test_impossible_problem_is_refused(
 
 def test_columns_are_joined_with_their_names() -> None:
     row = {"sentence1": "A b.", "sentence2": "C?", "label": 1, "idx": 0}
-    assert join_columns(row, ("sentence1", "sentence2")) == "sentence1: A b. sentence2: C?"
+    joined = join_columns(row, ("sentence1", "sentence2"), "row 1")
+    assert joined == "sentence1: A b. sentence2: C?"
 
 
 @pytest.mark.parametrize("name", sorted(SUBSETS))
@@ -251,73 +255,48 @@ def test_glue_label_that_no_loss_takes_is_refused(
         load(glue(subset), tokenizer, data_dir=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("sentence", "message"),
+    [
+        (7, r"glue/cola \(validation\), row 1: sentence is 7, but has to be a text"),
+        ("  ", "sentence is '  ', but has to be a text that is not empty"),
+    ],
+)
+def test_glue_sentence_that_is_no_text_is_refused(
+    sentence: Any, message: str, tokenizer: "PreTrainedTokenizerBase", tmp_path: Path
+) -> None:
+    write_subset(tmp_path, "cola")
+    write_split(tmp_path, "cola", "validation", [{"sentence": sentence, "label": 0}])
+    with pytest.raises(DataError, match=message):
+        load(glue("cola"), tokenizer, data_dir=tmp_path)
+
+
+def test_glue_evaluation_can_be_cut_short(
+    tokenizer: "PreTrainedTokenizerBase", tmp_path: Path
+) -> None:
+    write_subset(tmp_path, "mnli")
+    data = load(glue("mnli", max_eval_rows=7), tokenizer, data_dir=tmp_path)
+    parts = [data.selection, data.report, *data.extra_report]
+    assert [(part.name, len(part.rows)) for part in parts] == [
+        ("5 % of train", 2),
+        ("first 7 of validation_matched", 7),
+        ("first 7 of validation_mismatched", 7),
+    ]
+
+
+@pytest.mark.parametrize("name", sorted(SUBSETS))
+def test_glue_has_builtin_rows(name: str, tokenizer: "PreTrainedTokenizerBase") -> None:
+    data = load(glue(name), tokenizer, data_dir="builtin")
+    assert len(data.train.rows) + len(data.selection.rows) == 24
+    assert {len(split.rows) for split in (data.report, *data.extra_report)} == {8}
+    if name != "stsb":
+        labels = {row["label"] for row in data.report.rows}
+        assert labels == set(range(SUBSETS[name].num_labels))
+
+
 def test_text_task_without_tokenizer_is_refused() -> None:
     with pytest.raises(ConfigError, match="task=synthetic holds text, but the model has no token"):
         load(SYNTHETIC)
-
-
-# --- images
-
-
-def test_digits_are_standardised_and_stratified() -> None:
-    data = load(DIGITS)
-    pixels = data.collate(data.train.rows).inputs["pixels"]  # (N, 1, 8, 8)
-    assert pixels.shape[1:] == (1, 8, 8)
-    assert float(pixels.mean()) == pytest.approx(0.0, abs=1e-5)
-    assert float(pixels.std()) == pytest.approx(1.0, abs=1e-5)
-    counts = Counter(row["label"] for row in data.report.rows)
-    assert set(counts) == set(range(10))
-    assert max(counts.values()) - min(counts.values()) <= 2
-
-
-def test_digits_splits_follow_the_split_seed_and_share_no_row() -> None:
-    splits = []
-    for global_seed, split_seed in ((0, 0), (1, 0), (0, 1)):
-        torch.manual_seed(global_seed)
-        data = load(DIGITS, split_seed=split_seed)
-        parts = [data.train, data.selection, data.report]
-        assert sum(len(part.rows) for part in parts) == 1797
-        splits.append([data.collate(part.rows).inputs["pixels"] for part in parts])
-    for first, second in zip(splits[0], splits[1], strict=True):
-        assert torch.equal(first, second)
-    assert not torch.equal(splits[0][2], splits[2][2])
-    images = torch.cat(splits[0]).flatten(1)
-    assert len(torch.unique(images, dim=0)) == len(images)  # the set has no equal images
-
-
-def write_mnist(folder: Path, *, height: int = 28, label: int = 0) -> None:
-    (folder / "mnist").mkdir()
-    images = np.full((40, height, 28), 255, np.uint8)
-    labels = np.full(40, label, np.uint8)
-    np.savez(
-        folder / "mnist/mnist.npz", x_train=images, y_train=labels, x_test=images, y_test=labels
-    )
-
-
-def test_mnist_is_standardised_and_split(tmp_path: Path) -> None:
-    write_mnist(tmp_path)
-    data = load(MNIST, data_dir=tmp_path)
-    assert [len(split.rows) for split in (data.train, data.selection, data.report)] == [38, 2, 40]
-    assert (data.selection.name, data.report.name) == ("5 % of train", "test")
-    batch = data.collate(data.train.rows[:3])
-    assert batch.inputs["pixels"].shape == (3, 1, 28, 28)
-    expected = (1 - 0.1307) / 0.3081
-    assert float(batch.inputs["pixels"].mean()) == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"height": 20}, r"\(1, 20, 28\), but task.image_shape is \(1, 28, 28\)"),
-        ({"label": 10}, "mnist train, row 1: label 10 is not a class from 0 to 9"),
-    ],
-)
-def test_mnist_that_does_not_fit_is_refused(
-    settings: dict[str, int], message: str, tmp_path: Path
-) -> None:
-    write_mnist(tmp_path, **settings)
-    with pytest.raises(DataError, match=message):
-        load(MNIST, data_dir=tmp_path)
 
 
 # --- synthetic
@@ -329,7 +308,8 @@ def test_synthetic_rows_are_distinct_balanced_and_within_the_vocabulary() -> Non
     assert len(set(rows)) == 2400
     assert 0.45 < sum(row.label for row in rows) / 2400 < 0.55
     assert {row.category for row in rows} == set(CATEGORY_OPENINGS)
-    used = {word for row in rows for word in f"{row.prompt} {row.response}".split()}
+    written = [row.written(is_causal=True) for row in rows]
+    used = {word for row in written for word in f"{row.source} {row.target}".split()}
     assert used == set(synthetic_words())
     assert len(synthetic_words()) == len(used)
 
@@ -337,7 +317,7 @@ def test_synthetic_rows_are_distinct_balanced_and_within_the_vocabulary() -> Non
 def test_synthetic_response_is_a_function_of_the_prompt() -> None:
     stream = generate_rows()
     row = next(stream)
-    opening, majority = row.response.split()
+    opening, majority = row.written(is_causal=True).target.split()
     assert opening == CATEGORY_OPENINGS[row.category]
     assert majority == ("animals", "tools")[row.label]
 
@@ -352,7 +332,7 @@ def test_synthetic_classification_rows(tokenizer: "PreTrainedTokenizerBase") -> 
     assert (data.selection.name, data.report.name) == ("validation", "test")
     assert max(row_lengths(data.train)) <= 32
     row = data.train.rows[0]
-    assert row["category"] in CATEGORY_OPENINGS
+    assert row["user"] in CATEGORY_OPENINGS
     assert 1 not in row["input_ids"]  # <unk>
 
 
@@ -364,7 +344,7 @@ def test_synthetic_causal_rows_score_the_response_and_eos(
     assert batch.num_terms == 16 * 3
     assert (batch.labels[:, -1] == tokenizer.eos_token_id).all()
     row = data.train.rows[0]
-    assert row["category"] in CATEGORY_OPENINGS
+    assert row["user"] in CATEGORY_OPENINGS
     assert row["input_ids"][0] == tokenizer.bos_token_id
     assert int((row["input_ids"] == tokenizer.eos_token_id).sum()) == 1
 
@@ -377,17 +357,22 @@ def test_synthetic_rows_ignore_every_seed(tokenizer: "PreTrainedTokenizerBase") 
         assert torch.equal(one["input_ids"], other["input_ids"])
 
 
-@pytest.mark.parametrize(("max_length", "prompt_tokens"), [(32, 4), (5, 2), (2, 1)])
-def test_long_causal_row_keeps_a_prompt_and_scored_tokens(
-    max_length: int, prompt_tokens: int, tokenizer: "PreTrainedTokenizerBase"
-) -> None:
-    (row,) = encode_responses(
-        ["fox goat jay"], ["class animals"], tokenizer=tokenizer, max_length=max_length
-    )
-    assert int((row["labels"] == -100).sum()) == prompt_tokens
-    assert int((row["labels"] != -100).sum()) == min(3, max_length - 1)
+def test_synthetic_pairs_score_the_answer_alone(tokenizer: "PreTrainedTokenizerBase") -> None:
+    data = load(SYNTHETIC, tokenizer, family=Family.seq2seq)
+    batch = data.collate(data.train.rows[:16])
+    assert batch.num_terms == 16 * 4  # <s>, two words, </s>
+    assert (batch.labels == batch.labels.clamp(min=0)).all()
+    row = data.report.rows[0]
+    assert row["user"] in CATEGORY_OPENINGS
+    assert tokenizer.decode(row["labels"], skip_special_tokens=True) == row["reference"]
+    source = tokenizer.decode(row["prompt_ids"], skip_special_tokens=True)
+    assert source.startswith(f"category {row['user']} text")
+    assert "response" not in source
 
 
-def test_causal_row_without_room_is_refused(tokenizer: "PreTrainedTokenizerBase") -> None:
-    with pytest.raises(ConfigError, match=r"task\.max_length=1"):
-        encode_responses(["fox"], ["class"], tokenizer=tokenizer, max_length=1)
+def test_synthetic_evaluation_can_be_cut_short(tokenizer: "PreTrainedTokenizerBase") -> None:
+    task = dataclasses.replace(SYNTHETIC, max_eval_rows=9)
+    for family in (Family.encoder, Family.decoder):
+        data = load(task, tokenizer, family=family)
+        names = [(split.name, len(split.rows)) for split in (data.selection, data.report)]
+        assert names == [("first 9 of validation", 9), ("first 9 of test", 9)]

@@ -12,7 +12,7 @@ import pytest
 
 from cola.config.choices import TrackingName
 from cola.config.schema import TrackingConfig
-from cola.tracking import FilesTracker, build_tracker, read_metrics
+from cola.tracking import FilesTracker, build_tracker, read_metrics, read_samples
 from tests.runs import config_of, run, small_synthetic
 
 WANDB = TrackingConfig(name=TrackingName.wandb, tags=["a"])
@@ -62,6 +62,7 @@ def wandb(monkeypatch, clean):
     module.Error = WandbError
     module.Settings = dict
     module.Image = lambda path: f"image of {path}"
+    module.Table = lambda columns, data: (columns, data)
     monkeypatch.setitem(sys.modules, "wandb", module)
     return module
 
@@ -87,7 +88,7 @@ def test_lines_are_cut_back_to_the_checkpoint_on_resume(tmp_path):
     log(tmp_path, 1, 2, 3, 4)
     log(tmp_path, 3, last_step=2)
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "samples.jsonl"}
 
 
 def test_fresh_run_starts_without_lines(tmp_path):
@@ -105,6 +106,35 @@ def test_torn_last_line_is_left_out(tmp_path, torn):
     log(tmp_path, 3, last_step=2)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
+SAMPLE = {"input": "a", "prediction": "b", "reference": "c"}
+
+
+def log_samples(folder: Path, *steps: int, last_step: int = 0, split: str = "test") -> None:
+    tracker = FilesTracker(folder, last_step=last_step)
+    for step in steps:
+        tracker.log_samples(step, split, [SAMPLE, SAMPLE])
+    tracker.close()
+
+
+def test_samples_name_their_step_and_split(tmp_path):
+    log_samples(tmp_path, 3)
+    assert read_samples(tmp_path) == [{"step": 3, "split": "test", **SAMPLE}] * 2
+
+
+def test_samples_are_cut_back_to_the_checkpoint_on_resume(tmp_path):
+    log_samples(tmp_path, 1, 2, 3)
+    log_samples(tmp_path, 3, last_step=2)
+    assert [row["step"] for row in read_samples(tmp_path)] == [1, 1, 2, 2, 3, 3]
+
+
+def test_samples_of_a_step_and_split_are_written_once(tmp_path):
+    log_samples(tmp_path, 1, 2)
+    log_samples(tmp_path, 2, last_step=2)  # killed while it reported, and resumed
+    log_samples(tmp_path, 2, last_step=2, split="validation")
+    found = [(row["step"], row["split"]) for row in read_samples(tmp_path)]
+    assert found == [(1, "test")] * 2 + [(2, "test")] * 2 + [(2, "validation")] * 2
 
 
 def test_missing_file_has_no_lines(tmp_path):
@@ -157,6 +187,15 @@ def test_wandb_mode_wins_over_the_key(tmp_path, wandb, monkeypatch):
     assert wandb.started[0]["mode"] == "disabled"
 
 
+def test_wandb_gets_samples_as_a_table(tmp_path, wandb):
+    tracker = start(tmp_path)
+    tracker.log_samples(3, "test", [SAMPLE])
+    tracker.log_samples(3, "empty", [])
+    tracker.close()
+    columns, rows = ["step", "input", "prediction", "reference"], [[3, "a", "b", "c"]]
+    assert wandb.run.logged == [(None, {"samples/test": (columns, rows)})]
+
+
 def test_wandb_gets_lines_summary_and_figures(tmp_path, wandb):
     tracker = start(tmp_path)
     tracker.log(3, {"train/loss": 1.0})
@@ -184,6 +223,7 @@ def test_wandb_that_fails_later_never_stops_a_run(tmp_path, wandb, error):
     tracker = start(tmp_path)
     wandb.run.error = error
     tracker.log(1, {"train/loss": 1.0})
+    tracker.log_samples(1, "test", [SAMPLE])
     tracker.finish({}, {})
     tracker.close()
     assert len(read_metrics(tmp_path)) == 1

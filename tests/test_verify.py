@@ -37,6 +37,17 @@ def test_every_site_is_exact(model, adapter, merge):
 
 
 @pytest.mark.parametrize(
+    ("model", "adapter", "merge"),
+    [("tiny-bart", "linear", "merged"), ("tiny-llama", "mlp", "unmerged")],
+)
+def test_every_site_of_models_that_write_is_exact(model, adapter, merge):
+    settings = (f"model={model}", f"adapter={adapter}", f"merge={merge}", "model.sites=all")
+    checks = run_checks(config_of("task=synthetic", *settings))
+    assert len(checks) >= 14
+    assert all(check.holds for check in checks)
+
+
+@pytest.mark.parametrize(
     "overrides",
     [("offload=cpu",), ("adapter.alpha=3",), ("model.gradient_checkpointing=true",),
      ("trainer.interval=2",), ("merge=merged", "merge.pristine=base"),

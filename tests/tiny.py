@@ -377,3 +377,8 @@ def distance(
 def flat(adapter: Adapter) -> Tensor:
     """All parameters of an adapter as one vector."""
     return torch.cat([parameter.detach().flatten() for parameter in adapter.parameters()])
+
+
+def flat_gradient(adapter: Adapter) -> Tensor:
+    """All gradients of an adapter as one vector."""
+    return torch.cat([parameter.grad.flatten() for parameter in adapter.parameters()])

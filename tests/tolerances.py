@@ -5,3 +5,6 @@ EXACT = 1e-10
 
 FLOAT32 = 1e-5
 """float32, relative to the distance moved."""
+
+BFLOAT16 = 1e-2
+"""bfloat16 products, relative to the gradient in question."""

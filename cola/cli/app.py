@@ -62,7 +62,7 @@ def run_command(command: Command, argv: Sequence[str] | None = None) -> int:
         return DONE
     set_up_logging()
     try:
-        return guard(command, lambda: _dispatch(command, arguments))
+        return guard(command.name, lambda: _dispatch(command, arguments))
     except KeyboardInterrupt:
         logger.error("interrupted")
         return INTERRUPTED
@@ -149,15 +149,15 @@ def remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def guard(command: Command, action: Callable[[], int]) -> int:
-    """Runs an action and turns its errors into an exit code; an interruption passes through."""
+def guard(name: str, action: Callable[[], int]) -> int:
+    """Runs a command's action, errors become its exit code; an interruption passes through."""
     try:
         return action()
     except (OffloadError, TrainingError):  # the others are found before training
         logger.exception("run failed")
         return FAILED
     except ColaError as error:
-        sys.stderr.write(f"{command.name}: {error}\n")
+        sys.stderr.write(f"{name}: {error}\n")
         return BAD_CONFIG
     except Exception:
         logger.exception("run failed")

@@ -94,7 +94,7 @@ def _validate(command: Command, job: Sequence[str], hydra_lines: Sequence[str]) 
         compose_run([*hydra_lines, *job])
         return DONE
 
-    code = guard(command, compose)
+    code = guard(command.name, compose)
     return None if code == DONE else _Outcome(overrides=job, exit_code=code)
 
 
@@ -124,7 +124,7 @@ def run_job(command: Command, _: DictConfig) -> int:
         return execute_run(command, composed.config, composed.given, run_dir)
 
     try:
-        return guard(command, run)
+        return guard(command.name, run)
     finally:
         remove_if_empty(run_dir)  # bad data, a dry run, or resumed in an older folder
 

@@ -42,6 +42,11 @@ class MethodName(Enum):
     cola = "cola"
     ft = "ft"
     lora = "lora"
+    adalora = "adalora"
+    ia3 = "ia3"
+    prompt = "prompt"
+    prefix = "prefix"
+    ptuning = "ptuning"
 
 
 class OffloadTarget(Enum):
@@ -111,6 +116,7 @@ class Family(Enum):
 
     encoder = "encoder"
     decoder = "decoder"
+    seq2seq = "seq2seq"
 
 
 class Objective(Enum):
@@ -119,7 +125,13 @@ class Objective(Enum):
     classification = "classification"
     regression = "regression"
     causal = "causal"
+    seq2seq = "seq2seq"
     image = "image"  # classification of images
+
+    @property
+    def writes(self) -> bool:
+        """Whether the model answers with text, which is generated when it is evaluated."""
+        return self in (Objective.causal, Objective.seq2seq)
 
 
 class Padding(Enum):

@@ -39,6 +39,11 @@ class Key:
         return get_origin(self.type) is dict
 
     @property
+    def is_list(self) -> bool:
+        """Whether it takes several values."""
+        return any(get_origin(kind) is list for kind in (self.type, *get_args(self.type)))
+
+    @property
     def allowed(self) -> str:
         """What may be written, in words."""
         return _describe(self.type)

@@ -7,9 +7,10 @@ parser, so that quoting and sweeps mean the same as below).
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.override_parser.types import ChoiceSweep, Override, OverrideType, QuotedString
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -20,6 +21,15 @@ from cola.config.schema import ExperimentConfig
 from cola.errors import ConfigError
 
 _HELP = "--help lists all"
+_REASONS = {
+    ("model.dtype", "float16"): (
+        "hidden gradients underflow in float16 unless the loss is scaled, and whether a scale was "
+        "too large is known after the whole backward pass, when fits have begun; use bfloat16 (as "
+        "small and as fast) or float32"
+    ),
+}
+"""Values that a user may well expect to work, and why they cannot."""
+
 _PREFIXES = {
     OverrideType.CHANGE: "",
     OverrideType.ADD: "+",
@@ -95,7 +105,7 @@ def _parse(line: str) -> Override:
 def _sweep_message(line: str, is_sweep: bool) -> str:
     if is_sweep:
         return f"{line}: an interval has no jobs of its own; list values (a,b) or range(start,stop)"
-    return f"{line}: several values; add -m for a sweep, or quote the value if it is one text"
+    return f"{line}: several values; add -m for a sweep, write [a,b] for a list, or quote a text"
 
 
 def _check_group(line: str, override: Override, choices: Collection[str] | None) -> str:
@@ -130,10 +140,32 @@ def _check_key(line: str, override: Override, groups: Mapping[str, Collection[st
         if key.is_open and name != key.path:
             return line
         raise ConfigError(f"{line}: a key cannot be deleted; set {name} to {key.allowed}")
+    if key.is_list:
+        line = _with_brackets(line, override)
+        override = _parse(line)
     if not override.is_sweep_override():
         _check_value(line, override, key)
     # A free dictionary takes keys that no YAML names; every other key exists already.
     return ("++" if key.is_open and name != key.path else "") + line.lstrip("+")
+
+
+def _with_brackets(line: str, override: Override) -> str:
+    """The override of a list in which a plain value stands for a list of one: `model.sites=all`."""
+    value = override._value  # value() would drop the quotes
+    choices: list[Any] = value.list if isinstance(value, ChoiceSweep) else [value]
+    if not any(_is_plain(choice) for choice in choices):
+        return line
+    listed = [[choice] if _is_plain(choice) else choice for choice in choices]
+    words = ",".join(Override._get_value_element_as_str(choice) for choice in listed)
+    return f"{line.partition('=')[0]}={words}"
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it is one value, no list, and neither nothing nor a reference to another key."""
+    text = value.text if isinstance(value, QuotedString) else value
+    if isinstance(text, str):
+        return text != "" and not text.startswith("${")
+    return isinstance(text, int | float)
 
 
 def _unknown_key(line: str, override: Override, groups: Mapping[str, Collection[str]]) -> str:
@@ -165,5 +197,7 @@ def _check_value(line: str, override: Override, key: Key) -> None:
     try:
         OmegaConf.update(probe, override.key_or_group, value)
     except OmegaConfBaseException:
+        if reason := _REASONS.get((key.path, str(value))):
+            raise ConfigError(f"{line}: {reason}") from None
         near = nearest_words(str(value), key.choices) if key.choices else ""
         raise ConfigError(f"{line}: wrong value; {near}allowed: {key.allowed}") from None

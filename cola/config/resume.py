@@ -7,7 +7,7 @@ checkpoints, `trainer.log_every`), which take effect.
 
 import dataclasses
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -50,18 +50,38 @@ def resolve_resume(
             logger.info("resume=auto: no unfinished run of this configuration; starting afresh")
             return dataclasses.replace(config, resume=None), run_dir
     else:
-        folder = _checked_folder(config.resume)
-    stored = _merge_given(load_config(folder / CONFIG_FILE), config, given, folder)
+        folder = _unfinished_run(config.resume)
+    stored, differing = merge_given(
+        load_config(folder / CONFIG_FILE),
+        config,
+        [name for name in given if name != "resume"],
+        may_change=lambda path: not is_identity(path),
+    )
+    if differing:
+        raise ConfigError(
+            f"resume={folder}: the run was started with other settings: {', '.join(differing)}; "
+            "leave them out, or start a new run"
+        )
     return dataclasses.replace(stored, resume=str(folder)), folder
 
 
-def _checked_folder(path: str) -> Path:
+def find_run(key: str, path: str, *, hint: str = "") -> Path:
+    """The folder of a run that a key names.
+
+    Raises:
+        ConfigError: it holds none; `hint` is what else could be given.
+    """
     folder = Path(path)
     if not (folder / CONFIG_FILE).is_file():
         state = "has no config.yaml" if folder.is_dir() else "is no folder"
         raise ConfigError(
-            f"resume={path}: {state}; give the folder of a run (outputs/NAME/RUN_ID), or auto"
+            f"{key}={path}: {state}; give the folder of a run (outputs/NAME/RUN_ID){hint}"
         )
+    return folder
+
+
+def _unfinished_run(path: str) -> Path:
+    folder = find_run("resume", path, hint=", or auto")
     if (folder / SUMMARY_FILE).is_file():
         raise ConfigError(
             f"resume={path}: that run is finished (summary.json exists); start a new run by "
@@ -88,27 +108,36 @@ def _newest_unfinished(config: ExperimentConfig, run_dir: Path) -> Path | None:
     return None
 
 
-def _merge_given(
-    stored: ExperimentConfig, config: ExperimentConfig, given: Collection[str], folder: Path
-) -> ExperimentConfig:
-    """The stored configuration with explicit settings that do not change the numbers."""
+def merge_given(
+    stored: ExperimentConfig,
+    config: ExperimentConfig,
+    given: Collection[str],
+    *,
+    may_change: Callable[[str], bool],
+) -> tuple[ExperimentConfig, list[str]]:
+    """A stored configuration with explicit settings put in where they may differ from it.
+
+    Args:
+        stored: of a run's folder.
+        config: holds the values of what was given.
+        given: groups and keys set explicitly.
+        may_change: whether a key may differ.
+
+    Returns:
+        The merged configuration, and in words every setting that differs and may not.
+    """
     stored_values, given_values = flatten(stored), flatten(config)
     differing = []
     for path in _given_keys(given):
         if stored_values[path] == given_values[path]:
             continue
-        if is_identity(path):
+        if may_change(path):
+            stored = _replace(stored, path, given_values[path])
+        else:
             differing.append(
                 f"{path} ({word(stored_values[path])} there, {word(given_values[path])} given)"
             )
-        elif path != "resume":
-            stored = _replace(stored, path, given_values[path])
-    if differing:
-        raise ConfigError(
-            f"resume={folder}: the run was started with other settings: {', '.join(differing)}; "
-            "leave them out, or start a new run"
-        )
-    return stored
+    return stored, differing
 
 
 def _given_keys(given: Collection[str]) -> list[str]:

@@ -39,8 +39,10 @@ class ModelConfig:
     source: ModelSource = MISSING
     family: Family | None = None  # None: follow the task
     path: str | None = None  # hub id or local folder
-    sites: list[str] | None = None  # last parts or patterns of module names; None: by model type
+    sites: list[str] | None = None  # qv, all, parts or patterns of module names; None: qv
     dtype: DType = DType.float32
+    autocast: bool = False  # matrix products in bfloat16, parameters in `dtype`
+    tf32: bool = False  # float32 matrix products of a GPU rounded to TF32
     gradient_checkpointing: bool = False
     architecture: dict[str, Any] = field(default_factory=dict)  # full configuration for dry runs
 
@@ -52,13 +54,22 @@ class TaskConfig:
     name: str = MISSING
     folder: str | None = None  # folder of the set below data_dir
     hub: str | None = None  # data set id on the Hugging Face hub
+    revision: str | None = None  # branch or commit of the hub's set
     subset: str | None = None
     objective: Objective | None = None  # None: posed by the model's family
     num_labels: int = MISSING
     image_shape: list[int] | None = None  # channels, height, width
     max_length: int = 128  # tokens
     padding: Padding = Padding.dynamic
-    max_train_rows: int | None = None
+    max_train_rows: int | None = None  # first rows of train
+    max_eval_rows: int | None = None  # first rows of every split that is scored
+    train_file: str | None = None  # one's own files (task=jsonl) from here on
+    validation_file: str | None = None
+    test_file: str | None = None
+    template: str | None = None  # "...{column}..."
+    target: str | None = None  # column of the label or response
+    user: str | None = None  # column that names a row's user
+    labels: list[str] | None = None  # classes in order; None: those of the train file, sorted
 
 
 @dataclass(kw_only=True)
@@ -69,6 +80,7 @@ class AdapterConfig:
     rank: int = 8
     hidden: list[int] = field(default_factory=lambda: [128, 256])  # widths of the MLP
     alpha: float = 1.0  # scale of the adapter's output, not divided by the rank
+    init: str | None = None  # a run's folder, its adapters folder or a PEFT folder to start from
 
 
 @dataclass(kw_only=True)
@@ -82,9 +94,21 @@ class MergeConfig:
 
 @dataclass(kw_only=True)
 class MethodConfig:
-    """How parameters are trained."""
+    """How parameters are trained; everything but the name is for baselines."""
 
     name: MethodName = MISSING
+    sites: list[str] | None = None  # targets of AdaLoRA and IA3; None: the PEFT library's
+    activation_offload: bool = False  # tensors saved for the backward pass wait on the CPU
+    init_rank: int = 64  # AdaLoRA: ranks per site before the budget shrinks
+    target_rank: int = 8  # AdaLoRA: mean ranks per site at the end
+    beta: float = 0.85  # AdaLoRA: smoothing of importance and of its uncertainty
+    delta_t: int = 10  # AdaLoRA: adaptations between two reallocations
+    init_ratio: float = 0.1  # AdaLoRA: share of the run at the full budget
+    final_ratio: float = 0.3  # AdaLoRA: share of the run at the final budget
+    orth_weight: float = 0.5  # AdaLoRA: weight of the orthogonality penalty
+    virtual_tokens: int = 20  # prompt, prefix and p-tuning
+    init_text: str = "Label: "  # prompt tuning starts from the embedding of this text
+    encoder_hidden: int = 128  # p-tuning: width of the prompt encoder
 
 
 @dataclass(kw_only=True)
@@ -118,7 +142,7 @@ class OptimizerConfig:
 
     name: OptimizerName = OptimizerName.adamw
     lr: float | None = None
-    head_lr: float | None = None  # of new heads; None: lr
+    head_lr: float | None = None  # of new heads; None: lr, or the table's if lr is null, too
     weight_decay: float = 5e-4
     momentum: float = 0.9  # SGD only
     nesterov: bool = True  # SGD only
@@ -154,6 +178,17 @@ class EvaluationConfig:
     merge: EvaluationMerge = EvaluationMerge.auto
     select_on: SelectOn = SelectOn.validation
     batch_size: int = 128
+    num_samples: int = 8  # predictions kept of every evaluation, to be read
+
+
+@dataclass(kw_only=True)
+class GenerationConfig:
+    """Decoding of generated text; null is the paper's setting for the kind of model."""
+
+    max_new_tokens: int | None = None  # 40 for decoders, task.max_length for encoder-decoders
+    num_beams: int | None = None  # 1 (greedy); 4
+    no_repeat_ngram: int | None = None  # 2; 3. 0 allows repetition
+    batch_size: int = 32  # prompts at a time, each times num_beams
 
 
 @dataclass(kw_only=True)
@@ -180,6 +215,7 @@ class ExperimentConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     seed: int = 0
     split_seed: int = 0  # splits are seeded apart, so that seeds share a split

@@ -5,6 +5,7 @@ imported. Below `compose_run` no DictConfig exists: the result is plain dataclas
 """
 
 import contextlib
+import dataclasses
 import re
 import secrets
 import time
@@ -107,12 +108,23 @@ def compose_run(overrides: Sequence[str]) -> ComposedRun:
     Raises:
         ConfigError: any override or combination that cannot run.
     """
+    run = compose_changes(overrides)
+    validate(run.config, run.given)
+    return dataclasses.replace(run, config=resolve_defaults(run.config))
+
+
+def compose_changes(overrides: Sequence[str]) -> ComposedRun:
+    """Composes without checking the whole: settings to be put into another configuration.
+
+    Raises:
+        ConfigError: an override that cannot be meant.
+    """
     checked = check_overrides(overrides)
     try:
         with hydra_session():
             composed = compose(CONFIG_NAME, overrides=checked.lines, return_hydra_config=True)
         return ComposedRun(
-            config=_to_config(composed, checked.given),
+            config=_to_config(composed),
             run_dir=Path(str(composed.hydra.run.dir)),
             given=checked.given,
         )
@@ -125,13 +137,11 @@ def compose_config(overrides: Sequence[str]) -> ExperimentConfig:
     return compose_run(overrides).config
 
 
-def _to_config(composed: DictConfig, given: frozenset[str]) -> ExperimentConfig:
+def _to_config(composed: DictConfig) -> ExperimentConfig:
     own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
     # Hydra's root is a plain node: merging into the schema gives it its type back.
     typed = OmegaConf.merge(OmegaConf.structured(ExperimentConfig), own)
-    config = cast(ExperimentConfig, OmegaConf.to_object(typed))
-    validate(config, given)
-    return resolve_defaults(config)
+    return cast(ExperimentConfig, OmegaConf.to_object(typed))
 
 
 def explain(error: Exception) -> str:

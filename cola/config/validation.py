@@ -14,19 +14,19 @@ from typing import Any
 
 from cola.config.choices import (
     AdapterKind,
-    ClipMode,
     DType,
     EvaluationMerge,
     MergeMode,
     MethodName,
     ModelSource,
     Objective,
-    OffloadTarget,
     OptimizerName,
     Pristine,
     Rounding,
 )
-from cola.config.keys import choice_key, flatten, nearest_words, word
+from cola.config.keys import flatten, nearest_words, word
+from cola.config.method_checks import check_method
+from cola.config.own_data import check_own_data
 from cola.config.schema import ExperimentConfig
 from cola.errors import ConfigError
 
@@ -48,14 +48,20 @@ _COUNT = _Range(contains=lambda value: value >= 1, words="a whole number >= 1")
 _OPTIONAL_COUNT = _Range(
     contains=lambda value: value is None or value >= 1, words="a whole number >= 1, or null"
 )
+_SIZE = _Range(contains=lambda value: value >= 0, words="a whole number >= 0")
+_OPTIONAL_SIZE = _Range(
+    contains=lambda value: value is None or value >= 0, words="a whole number >= 0, or null"
+)
 _SEED = _Range(contains=lambda value: 0 <= value < 2**32, words="a whole number from 0 to 2**32-1")
 # NaN fails every comparison, so these ranges exclude it.
 _POSITIVE = _Range(contains=lambda value: 0 < value < math.inf, words="a number > 0")
+_NOT_NEGATIVE = _Range(contains=lambda value: 0 <= value < math.inf, words="a number >= 0")
 _FRACTION = _Range(contains=lambda value: 0 <= value < 1, words="a number from 0 to below 1")
 
 _RANGES: dict[str, _Range] = {
     "task.max_length": _COUNT,
     "task.max_train_rows": _OPTIONAL_COUNT,
+    "task.max_eval_rows": _OPTIONAL_COUNT,
     "task.num_labels": _Range(  # 0: the task's code knows
         contains=lambda value: value >= 0, words="a whole number >= 0"
     ),
@@ -69,18 +75,22 @@ _RANGES: dict[str, _Range] = {
         words="at least one width, each >= 1",
     ),
     "adapter.alpha": _POSITIVE,
+    "method.init_rank": _COUNT,
+    "method.target_rank": _COUNT,
+    "method.beta": _Range(contains=lambda value: 0 < value < 1, words="a number above 0, below 1"),
+    "method.delta_t": _COUNT,
+    "method.init_ratio": _FRACTION,
+    "method.final_ratio": _FRACTION,
+    "method.orth_weight": _NOT_NEGATIVE,
+    "method.virtual_tokens": _COUNT,
+    "method.init_text": _Range(contains=str.strip, words="a text that is not blank"),  # type: ignore[arg-type]
+    "method.encoder_hidden": _COUNT,
     "offload.workers": _OPTIONAL_COUNT,
     "optimizer.lr": _Range(
         contains=lambda value: value is None or 0 < value < math.inf,
         words="a number > 0, or null for the default of the method and task",
     ),
-    "optimizer.head_lr": _Range(
-        contains=lambda value: value is None or 0 < value < math.inf,
-        words="a number > 0, or null for optimizer.lr",
-    ),
-    "optimizer.weight_decay": _Range(
-        contains=lambda value: 0 <= value < math.inf, words="a number >= 0"
-    ),
+    "optimizer.weight_decay": _NOT_NEGATIVE,
     "optimizer.momentum": _FRACTION,
     "optimizer.clip_norm": _POSITIVE,
     "schedule.warmup_ratio": _FRACTION,
@@ -91,6 +101,11 @@ _RANGES: dict[str, _Range] = {
     "trainer.log_every": _COUNT,
     "trainer.eval_every": _OPTIONAL_COUNT,
     "evaluation.batch_size": _COUNT,
+    "evaluation.num_samples": _SIZE,
+    "generation.max_new_tokens": _OPTIONAL_COUNT,
+    "generation.num_beams": _OPTIONAL_COUNT,
+    "generation.no_repeat_ngram": _OPTIONAL_SIZE,
+    "generation.batch_size": _COUNT,
     "checkpoint.every": _OPTIONAL_COUNT,
     "checkpoint.keep": _COUNT,
     "seed": _SEED,
@@ -116,10 +131,11 @@ def validate(config: ExperimentConfig, given: Collection[str] = ()) -> None:
             raise ConfigError(f"{key}={word(values[key])}: wrong value; allowed: {allowed.words}")
     _check_subset(config)
     _check_model_and_task(config)
-    _check_method(config, given)
+    check_method(config, given)
     _check_merge(config)
     _check_optimizer(config)
     _check_data_dir(config)
+    check_own_data(config)
 
 
 def _check_subset(config: ExperimentConfig) -> None:
@@ -142,6 +158,11 @@ def _check_model_and_task(config: ExperimentConfig) -> None:
             f"model={model.name}: model.path is not set; give the id of a model on the Hugging "
             "Face hub or a local folder, for example model.path=../models/minilm"
         )
+    if model.autocast and model.dtype is not DType.float32:
+        raise ConfigError(
+            f"model.autocast=true with model.dtype={model.dtype.name}: autocast makes a float32 "
+            "model compute its matrix products in bfloat16; use model.dtype=float32 or leave it out"
+        )
     # Posed by the model's family where the task leaves it open, but images have a shape.
     is_image_task = task.objective is Objective.image or task.image_shape is not None
     is_image_model = model.source is ModelSource.image
@@ -155,46 +176,6 @@ def _check_model_and_task(config: ExperimentConfig) -> None:
             f"task={task.name} with model={model.name}: text needs a text model; choose "
             "model=tiny-roberta, roberta-base or hf, or an image task such as task=digits"
         )
-
-
-def _check_method(config: ExperimentConfig, given: Collection[str]) -> None:
-    """Refuses explicit values of groups that a baseline does not have."""
-    method = config.method.name
-    if method is MethodName.cola:
-        return
-    allowed, values = _neutral_settings(config), flatten(config)
-    takes = "adapter.rank and adapter.alpha alone" if method is MethodName.lora else "none of them"
-    for name in sorted(given):
-        if name.split(".")[0] in ("adapter", "merge", "users", "offload") and name not in allowed:
-            value = word(values.get(name, values.get(choice_key(name))))
-            raise ConfigError(
-                f"{name}={value} does not apply to method={method.name}, which takes {takes} of "
-                "the groups adapter, merge, users and offload; leave it out or use method=cola"
-            )
-    if config.evaluation.merge is not EvaluationMerge.auto:
-        raise ConfigError(
-            f"evaluation.merge={config.evaluation.merge.name} with method={method.name}: only "
-            "adapters of method=cola can be merged for evaluation; leave it out"
-        )
-    if config.optimizer.clip is ClipMode["adapter"]:
-        raise ConfigError(
-            f"optimizer.clip=adapter with method={method.name}: only method=cola clips each "
-            "adapter by itself; use optimizer.clip=global or none"
-        )
-
-
-def _neutral_settings(config: ExperimentConfig) -> set[str]:
-    """Explicit settings that a baseline may carry, because they say what it does anyway."""
-    neutral = {"users", "users.name"}
-    if config.method.name is MethodName.lora:
-        neutral |= {"adapter.rank", "adapter.alpha"}
-        if config.adapter.kind is AdapterKind.lowrank:
-            neutral |= {"adapter", "adapter.kind"}
-    if config.merge.mode is MergeMode.unmerged:
-        neutral |= {"merge", "merge.mode"}
-    if config.offload.name is OffloadTarget.none:
-        neutral |= {"offload", "offload.name"}
-    return neutral
 
 
 def _check_merge(config: ExperimentConfig) -> None:
@@ -241,7 +222,8 @@ def _check_optimizer(config: ExperimentConfig) -> None:
 
 def _check_data_dir(config: ExperimentConfig) -> None:
     """Here, not only where rows are read: it answers before anything heavy is imported."""
-    if config.data_dir is None or config.dry_run or Path(config.data_dir).is_dir():
+    is_builtin = config.data_dir == "builtin"  # sample rows that `cola.tasks` holds
+    if config.data_dir is None or is_builtin or config.dry_run or Path(config.data_dir).is_dir():
         return
     raise ConfigError(
         f"data_dir={config.data_dir}: there is no such folder; give one that holds "

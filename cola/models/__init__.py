@@ -1,7 +1,7 @@
 """Base models: loads or builds them and finds their sites (text and image).
 
-`build_base_model` is the way in. transformers and peft are imported only by text models, inside
-functions: an image run never pays for them.
+`resolve_family` tells what a model is for, `build_base_model` builds it. transformers and peft are
+imported only by text models, inside functions: an image run never pays for them.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,8 @@ from collections.abc import Callable
 from cola.config.choices import ModelSource
 from cola.config.schema import ModelConfig
 from cola.interfaces import Problem
-from cola.models.base import BaseModel
+from cola.models.architecture import resolve_family
+from cola.models.base import BaseModel, autocast_forward
 from cola.models.image import build_image
 from cola.models.site_checks import check_rank, shared_parameter_sites
 from cola.models.site_selection import resolve_sites
@@ -19,6 +20,7 @@ __all__ = [
     "BaseModel",
     "build_base_model",
     "check_rank",
+    "resolve_family",
     "resolve_sites",
     "shared_parameter_sites",
 ]
@@ -45,4 +47,7 @@ def build_base_model(
         ConfigError: the model does not fit the problem, or its files are missing.
         SiteError: `model.sites` names no module, or one that cannot be tapped.
     """
-    return _BUILDERS[model.source](model, problem, seed=seed, on_meta=on_meta)
+    base = _BUILDERS[model.source](model, problem, seed=seed, on_meta=on_meta)
+    if model.autocast and not on_meta:  # torch has no autocast for the meta device
+        autocast_forward(base.module)
+    return base

@@ -4,10 +4,11 @@ Random weights come from the seed alone, and everything that no pretrained file 
 known by name.
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -31,12 +32,15 @@ class BaseModel:
         tokenizer: None for image models and on the meta device.
         sites: in the order in which the module lists its sub-modules.
         new_parameters: parameters and persistent buffers that came from no pretrained file.
+        decoder_start_id: token that the decoder of an encoder-decoder writes after; None for
+            every other model, and for one that classifies.
     """
 
     module: nn.Module
     tokenizer: "PreTrainedTokenizerBase | None"
     sites: dict[SiteName, SiteSpec]
     new_parameters: frozenset[str]
+    decoder_start_id: int | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -73,6 +77,23 @@ def cast_parameters(module: nn.Module, dtype: DType) -> None:
     """
     for parameter in module.parameters():
         parameter.data = parameter.data.to(torch_dtype(dtype))
+
+
+def autocast_forward(module: nn.Module) -> None:
+    """Makes a float32 model's forward compute matrix products in bfloat16, in place.
+
+    Whoever runs the model (training, evaluation, generation, the peft library) calls this very
+    forward, so all of them agree. A backward pass follows the types of its forward by itself.
+    """
+    forward = module.forward
+
+    @functools.wraps(forward)  # transformers reads the signature
+    def run(*args: Any, **kwargs: Any) -> Any:
+        device = next(module.parameters()).device.type
+        with torch.autocast(device, dtype=torch.bfloat16):
+            return forward(*args, **kwargs)
+
+    module.forward = run
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:

@@ -19,9 +19,7 @@ from cola.errors import ColaError, ConfigError
 _PROBE_SECONDS = 5.0
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _TOKENIZERS = ("tokenizer.json", "vocab.*", "*.model")
-_OFFLINE = (
-    "without a network use model.path=FOLDER, model=tiny-roberta, model=tiny-gpt2 or task=digits"
-)
+_OFFLINE = "without a network use model.path=FOLDER, a tiny model (model=tiny-bart) or task=digits"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +109,8 @@ def loading(model: ModelConfig, source: PretrainedSource) -> Iterator[None]:
     except ColaError:
         raise
     except (OSError, ValueError, SafetensorError) as error:
+        if refusal := _explain_refusal(model, error):
+            raise ConfigError(refusal) from error
         if source.local_files_only and not source.is_folder:
             raise ConfigError(
                 f"model.path={model.path} is neither a folder nor in the hub's local cache, and "
@@ -118,6 +118,32 @@ def loading(model: ModelConfig, source: PretrainedSource) -> Iterator[None]:
             ) from error
         cause = str(error).strip().partition("\n")[0]
         raise ConfigError(f"model.path={model.path} cannot be loaded: {cause}") from error
+
+
+def _explain_refusal(model: ModelConfig, error: BaseException) -> str | None:
+    """What to do about a model that the hub does not hand out, or None for any other failure."""
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    causes = [error]  # transformers wraps what the hub said
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    page, has_token = f"https://huggingface.co/{model.path}", get_token() is not None
+    if any(isinstance(cause, GatedRepoError) for cause in causes):
+        first = f"model.path={model.path} is gated: accept its licence at {page}, "
+        if has_token:
+            return (
+                f"{first}with the account of the token in use, and wait until access is granted "
+                "(hf auth whoami names the account); or use model.path=FOLDER"
+            )
+        return f"{first}then run hf auth login or set HF_TOKEN; or use model.path=FOLDER"
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+        sees = "the token in use sees" if has_token else "without a token one sees"
+        return (
+            f"model.path={model.path}: {sees} no such model on the hub, nor is there such a "
+            f"folder; check the spelling at {page}, or run hf auth login if it is private"
+        )
+    return None
 
 
 def _check_folder(folder: Path, *, config_only: bool) -> None:

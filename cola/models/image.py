@@ -18,7 +18,7 @@ from cola.config.schema import ModelConfig
 from cola.errors import ConfigError
 from cola.interfaces import Problem
 from cola.models.base import BaseModel, cast_parameters, seeded_weights, stored_names
-from cola.models.site_selection import resolve_sites, site_modules
+from cola.models.site_selection import resolve_sites
 
 
 class ImageOutput(NamedTuple):
@@ -64,7 +64,7 @@ def build_image(model: ModelConfig, problem: Problem, *, seed: int, on_meta: boo
     return BaseModel(
         module=module.eval(),
         tokenizer=None,
-        sites=resolve_sites(module, model, default=site_modules(module), adapter_bias=True),
+        sites=resolve_sites(module, model, adapter_bias=True),
         new_parameters=stored_names(module),
     )
 

@@ -1,14 +1,17 @@
 """Which sub-modules of a base model get an adapter: turns `model.sites` into named shapes.
 
 Paper: the choice of m = 1..M. Entries are last parts of module names (`query`), dotted suffixes
-(`attention.self.query`), full names, or patterns (`*.attention.*`). New heads are always sites,
-because gradient learning has no other trainable parameter.
+(`attention.self.query`), full names, patterns (`*.attention.*`), or one of two words, which win
+over a module of that name: `qv`, the attention inputs that the peft library adapts in a model of
+this type, and `all`, every layer that can be tapped but the output embeddings. New heads are always
+sites, because gradient learning has no other trainable parameter.
 """
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from difflib import SequenceMatcher
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -17,6 +20,9 @@ from cola.errors import SiteError
 from cola.models.base import model_label
 from cola.sites import SiteName, SiteSpec, describe_site, is_site_module
 
+QV, ALL = "qv", "all"
+"""Entries that name sites by what they are for."""
+
 _NUM_NEAREST = 2  # names that an error suggests
 
 
@@ -24,7 +30,7 @@ def resolve_sites(
     module: nn.Module,
     model: ModelConfig,
     *,
-    default: Iterable[str] = (),
+    default: str = ALL,
     heads: Collection[SiteName] = (),
     adapter_bias: bool = False,
 ) -> dict[SiteName, SiteSpec]:
@@ -33,7 +39,7 @@ def resolve_sites(
     Args:
         module: the base model.
         model: its configuration; `model.sites` wins over the default.
-        default: entries that hold if `model.sites` is None.
+        default: entry that holds if `model.sites` is None.
         heads: names of newly initialised heads, added whatever the entries say.
         adapter_bias: whether a linear adapter has a bias at sites that are no heads.
 
@@ -46,8 +52,13 @@ def resolve_sites(
             is left to adapt.
     """
     selected = set(heads)
-    for entry in model.sites if model.sites is not None else default:
-        selected |= _match(entry, module, model, heads)
+    for entry in model.sites if model.sites is not None else [default]:
+        if entry == ALL:
+            selected |= _all_sites(module)
+            continue
+        names = attention_sites(module, model) if entry == QV else [entry]
+        for name in names:
+            selected |= _match(name, module, model, heads)
     if not selected:
         raise SiteError(
             f"{model_label(model)} has no site: model.sites is empty and it has no new head; "
@@ -65,23 +76,36 @@ def resolve_sites(
     }
 
 
-def default_text_sites(module: nn.Module, model: ModelConfig, model_type: str) -> list[str]:
-    """Entries that the peft library takes for a Hugging Face model type.
+def attention_sites(module: nn.Module, model: ModelConfig) -> list[str]:
+    """What `qv` stands for: entries that the peft library takes for the model's type.
 
     Raises:
-        SiteError: peft knows no default for the type.
+        SiteError: peft knows none for the type.
     """
+    config: Any = getattr(module, "config", None)
+    if config is None:
+        raise SiteError(
+            f"model.sites=[{QV}] names attention layers, and {model.name} has none; "
+            f"set model.sites to {ALL} or some of {', '.join(_last_parts(module))}"
+        )
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
 
-    targets = KNOWN.get(model_type)
+    targets = KNOWN.get(config.model_type)
     if targets is None:
         raise SiteError(
-            f"there are no default sites for {model_label(model)} of model type {model_type!r}; "
-            f"set model.sites to some of {', '.join(_last_parts(module))}"
+            f"{QV} means nothing yet for {model_label(model)} of model type {config.model_type!r}; "
+            f"set model.sites to {ALL} or some of {', '.join(_last_parts(module))}"
         )
     if isinstance(targets, str):  # a regular expression over full names
         return [name for name, _ in module.named_modules() if re.fullmatch(targets, name)]
     return list(targets)
+
+
+def _all_sites(module: nn.Module) -> set[SiteName]:
+    """Every layer that can be tapped, but not the one that turns hidden states into words."""
+    find_output: Any = getattr(module, "get_output_embeddings", lambda: None)
+    output = find_output()
+    return {name for name in site_modules(module) if module.get_submodule(name) is not output}
 
 
 def site_modules(module: nn.Module) -> list[SiteName]:

@@ -1,10 +1,8 @@
 """Hugging Face base models: pretrained, random from an architecture, or shapes on the meta device.
 
-Losses are computed by the tasks, so no labels ever reach these models. New heads are found by the
-keys that the pretrained files lack.
+Losses are computed by the tasks, so no labels ever reach these models.
 """
 
-import logging
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
@@ -29,17 +27,14 @@ from cola.models.base import (
     stored_names,
     torch_dtype,
 )
-from cola.models.hub import PretrainedSource, find_source, loading, stored_shapes
-from cola.models.site_selection import default_text_sites, resolve_sites, site_modules
+from cola.models.hub import find_source, loading
+from cola.models.new_parameters import absent_names, absent_on_meta, outer_sites
+from cola.models.site_selection import QV, resolve_sites, site_modules
 from cola.models.tokenizer import build_word_tokenizer, load_tokenizer
 from cola.sites import SiteName
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
-
-_MAX_LISTED = 8  # names in a log line
 
 
 def build_pretrained(
@@ -57,8 +52,8 @@ def build_pretrained(
         config = pretrained_config(model, problem, source, on_meta=on_meta)
         if on_meta:
             module = _shapes(model, problem, config, seed)
-            absent = _absent_on_meta(module, problem, source)
-            return _finish(model, module, tokenizer=None, new_parameters=absent)
+            absent = absent_on_meta(module, problem, source)
+            return _finish(model, problem, module, tokenizer=None, new_parameters=absent)
         tokenizer = load_tokenizer(
             source.location,
             padding_side=_padding_side(problem),
@@ -70,12 +65,12 @@ def build_pretrained(
                 config=config,
                 dtype=torch_dtype(model.dtype),
                 local_files_only=source.local_files_only,
-                # A head for other labels is replaced; _absent_names refuses any other mismatch.
+                # A head for other labels is replaced; absent_names refuses any other mismatch.
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-    absent = _absent_names(model, module, info)
-    return _finish(model, module, tokenizer=tokenizer, new_parameters=absent)
+    absent = absent_names(model, problem, module, info)
+    return _finish(model, problem, module, tokenizer=tokenizer, new_parameters=absent)
 
 
 def build_random(model: ModelConfig, problem: Problem, *, seed: int, on_meta: bool) -> BaseModel:
@@ -97,14 +92,15 @@ def build_random(model: ModelConfig, problem: Problem, *, seed: int, on_meta: bo
             module = auto_class(problem).from_config(config, dtype=torch.float32)
         cast_parameters(module, model.dtype)
         tokenizer = build_word_tokenizer(
-            marks_ends=model.family is Family.encoder, padding_side=_padding_side(problem)
+            marks_ends=model.family is not Family.decoder, padding_side=_padding_side(problem)
         )
     return _finish(
         model,
+        problem,
         module,
         tokenizer=tokenizer,
         new_parameters=stored_names(module),
-        heads=_outer_sites(module) if is_classifier(problem) else (),
+        heads=outer_sites(module) if is_classifier(problem) else (),
     )
 
 
@@ -120,6 +116,7 @@ def _shapes(
 
 def _finish(
     model: ModelConfig,
+    problem: Problem,
     module: Any,  # a PreTrainedModel, whose methods are not typed
     *,
     tokenizer: "PreTrainedTokenizerBase | None",
@@ -132,15 +129,30 @@ def _finish(
     _set_pad_token(module, tokenizer)
     if model.gradient_checkpointing:
         _enable_checkpointing(model, module)
-    default: list[str] = []
-    if model.sites is None:
-        default = default_text_sites(module, model, module.config.model_type)
     return BaseModel(
         module=module.eval(),
         tokenizer=tokenizer,
-        sites=resolve_sites(module, model, default=default, heads=heads),
+        sites=resolve_sites(module, model, default=QV, heads=heads),
         new_parameters=new_parameters,
+        decoder_start_id=_decoder_start(model, problem, module),
     )
+
+
+def _decoder_start(model: ModelConfig, problem: Problem, module: Any) -> int | None:
+    """Token that a decoder writes after; T5 states it, and what lacks one begins with `<s>`."""
+    if problem.objective is not Objective.seq2seq:
+        return None
+    # Old files state it in config.json, newer ones in generation_config.json.
+    places = [module.generation_config, module.config]
+    names = ["decoder_start_token_id", "bos_token_id"]
+    found = [getattr(place, name, None) for name in names for place in places]
+    start: int | None = next((token for token in found if token is not None), None)
+    if start is None:
+        raise ConfigError(
+            f"{model_label(model)} names no token for its decoder to start from; set "
+            "decoder_start_token_id in its config.json"
+        )
+    return start
 
 
 def _enable_checkpointing(model: ModelConfig, module: Any) -> None:
@@ -165,48 +177,3 @@ def _set_pad_token(module: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBas
 
 def _padding_side(problem: Problem) -> str:
     return "left" if problem.objective is Objective.causal else "right"
-
-
-def _outer_sites(module: "PreTrainedModel") -> list[SiteName]:
-    inner = f"{module.base_model_prefix}."
-    return [name for name in site_modules(module) if not name.startswith(inner)]
-
-
-def _absent_on_meta(
-    module: "PreTrainedModel", problem: Problem, source: PretrainedSource
-) -> frozenset[str]:
-    if not is_classifier(problem):
-        return frozenset()
-    heads = tuple(f"{name}." for name in _outer_sites(module))
-    stored = stored_shapes(source)
-    return frozenset(
-        name
-        for name, parameter in module.named_parameters()
-        if name.startswith(heads) and stored.get(name) != tuple(parameter.shape)
-    )
-
-
-def _absent_names(
-    model: ModelConfig, module: "PreTrainedModel", info: dict[str, Any]
-) -> frozenset[str]:
-    mismatched = {name for name, *_ in info["mismatched_keys"]}
-    names = stored_names(module)
-    absent = names & (set(info["missing_keys"]) | mismatched)
-    inner = {name for name in names if name.startswith(f"{module.base_model_prefix}.")}
-    if inner and (inner <= absent or inner & mismatched):
-        raise ConfigError(
-            f"model.path={model.path}: the weights do not fit config.json; of the "
-            f"{len(inner)} tensors of {type(module).__name__} below its heads "
-            f"{len(inner & absent)} are missing or of another shape, first "
-            f"{min(inner & absent)}"
-        )
-    if absent & inner:
-        logger.warning("not in %s, hence random: %s", model.path, _listed(absent & inner))
-    if absent - inner:
-        logger.info("newly initialised in %s: %s", model_label(model), _listed(absent - inner))
-    return absent
-
-
-def _listed(names: Collection[str]) -> str:
-    shown = ", ".join(sorted(names)[:_MAX_LISTED])
-    return shown if len(names) <= _MAX_LISTED else f"{shown} and {len(names) - _MAX_LISTED} more"

@@ -1,11 +1,11 @@
 """Tasks: the data set, how it is encoded and batched, and which metric judges it.
 
 `resolve_problem` and `metric_name` tell what a model and a score have to be built for, without
-reading data; `load_task` then reads, splits and encodes. Families share `sources`, `encoding` and
-`collate`.
+reading data; `load_task` then reads, splits and encodes. A task is an entry of `_TASKS`.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cola.config.choices import Family, Objective
@@ -14,20 +14,65 @@ from cola.errors import ConfigError
 from cola.interfaces import Problem, Score, TaskData
 from cola.tasks.encoding import TaskRequest
 from cola.tasks.glue import load_glue, resolve_subset
-from cola.tasks.images import load_digits, load_mnist
+from cola.tasks.images import load_digits, load_image_set
+from cola.tasks.jsonl import count_labels, load_jsonl
 from cola.tasks.sources import choices_hint
 from cola.tasks.synthetic import load_synthetic
+from cola.tasks.text_sets import TEXT_SETS, load_text_set
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["load_task", "metric_name", "resolve_problem"]
+__all__ = ["leaves_objective_open", "load_task", "metric_name", "resolve_problem"]
 
-_LOADERS: dict[str, Callable[[TaskRequest], TaskData]] = {
-    "digits": load_digits,
-    "glue": load_glue,
-    "mnist": load_mnist,
-    "synthetic": load_synthetic,
+WRITING = (Objective.seq2seq, Objective.causal)
+"""Objectives of models that write text."""
+
+_POSED = {
+    Family.encoder: Objective.classification,
+    Family.decoder: Objective.causal,
+    Family.seq2seq: Objective.seq2seq,
+}
+"""How a model's family poses a task that leaves it open."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    """What is known of a task before any data is read.
+
+    Attributes:
+        load: reads, splits and encodes.
+        objectives: what the task can be posed as, its natural form first.
+        num_labels: classes where it is posed as a classification; 1 for values.
+    """
+
+    load: Callable[[TaskRequest], TaskData]
+    objectives: Callable[[TaskConfig], tuple[Objective, ...]]
+    num_labels: Callable[[TaskConfig], int] = lambda task: task.num_labels
+
+
+def _fixed(*objectives: Objective) -> Callable[[TaskConfig], tuple[Objective, ...]]:
+    return lambda task: objectives
+
+
+_TASKS: dict[str, _Task] = {
+    "cifar10": _Task(load=load_image_set, objectives=_fixed(Objective.image)),
+    "digits": _Task(load=load_digits, objectives=_fixed(Objective.image)),
+    "glue": _Task(
+        load=load_glue,
+        objectives=lambda task: (resolve_subset(task).objective,),
+        num_labels=lambda task: resolve_subset(task).num_labels,
+    ),
+    "jsonl": _Task(
+        load=load_jsonl,
+        objectives=_fixed(Objective.classification, Objective.regression, *WRITING),
+        num_labels=count_labels,
+    ),
+    "mnist": _Task(load=load_image_set, objectives=_fixed(Objective.image)),
+    "synthetic": _Task(load=load_synthetic, objectives=_fixed(Objective.classification, *WRITING)),
+} | {
+    name: _Task(load=load_text_set, objectives=_fixed(*text_set.objectives))
+    for name, text_set in TEXT_SETS.items()
 }
 
 
@@ -40,41 +85,59 @@ def resolve_problem(task: TaskConfig, family: Family | None) -> Problem:
 
     Returns:
         The objective that the task states, or else the one that the family poses, with its
-        number of labels (0 for causal models) and shapes.
+        number of labels (0 for models that write) and shapes.
 
     Raises:
         ConfigError: an unknown task, or an objective that the task or the model cannot have.
     """
-    allowed = _allowed_objectives(task)
+    found = _find(task)
+    allowed = found.objectives(task)
     objective = task.objective or _pose(allowed, family)
+    is_image = Objective.image in allowed
+    if is_image and family is not None:
+        raise ConfigError(
+            f"task={task.name} holds images, but the model is a text {family.name}; "
+            "choose model=linear, model=mlp or model=cnn"
+        )
     if objective not in allowed:
         source = "task.objective" if task.objective else "posed by the model's family"
         raise ConfigError(
             f"objective {objective.name} ({source}) does not fit task={task.name}; allowed: "
             f"{', '.join(one.name for one in allowed)}; choose another model or set task.objective"
         )
-    is_image = objective is Objective.image
-    if is_image and family is not None:
-        raise ConfigError(
-            f"task={task.name} holds images, but the model is a text {family.name}; "
-            "choose model=linear, model=mlp or model=cnn"
-        )
     return Problem(
         objective=objective,
-        num_labels=_num_labels(task, objective),
+        num_labels=0 if objective in WRITING else found.num_labels(task),
         image_shape=_image_shape(task) if is_image else None,
         max_length=task.max_length,
     )
 
 
-def metric_name(task: TaskConfig) -> str:
-    """Name of the judged metric, for `cola.metrics.build_score`.
+def leaves_objective_open(task: TaskConfig) -> bool:
+    """Whether the model's family decides what is scored.
 
     Raises:
         ConfigError: an unknown task or subset.
     """
-    _check_name(task)
-    return resolve_subset(task).metric if task.name == "glue" else "accuracy"
+    return task.objective is None and len(_find(task).objectives(task)) > 1
+
+
+def metric_name(task: TaskConfig, objective: Objective) -> str:
+    """Name of the judged metric, for `cola.metrics.build_score`.
+
+    Args:
+        task: the task's settings.
+        objective: of its problem; text that is written is judged by ROUGE-L.
+
+    Raises:
+        ConfigError: an unknown task or subset.
+    """
+    _find(task)
+    if objective in WRITING:
+        return "rouge_l"
+    if task.name == "glue":
+        return resolve_subset(task).metric
+    return "pearson" if objective is Objective.regression else "accuracy"
 
 
 def load_task(
@@ -85,6 +148,7 @@ def load_task(
     score: Score,
     data_dir: str | None,
     split_seed: int,
+    decoder_start_id: int | None = None,
 ) -> TaskData:
     """Read, split and encode a task.
 
@@ -93,14 +157,15 @@ def load_task(
         problem: from `resolve_problem`.
         tokenizer: the model's; None for image models.
         score: the task's metric.
-        data_dir: folder of local sets; None reads the hub (built-in sets read neither).
+        data_dir: folder of local sets; `builtin` reads sample rows of this package; None reads
+            the hub (built-in sets read neither).
         split_seed: of the hold-out; apart from the training seed, so that seeds share a split.
+        decoder_start_id: token id that an encoder-decoder starts writing from.
 
     Raises:
         ConfigError: the model does not fit the task.
         DataError: the data is missing or cannot be read.
     """
-    _check_name(task)
     request = TaskRequest(
         task=task,
         problem=problem,
@@ -108,35 +173,24 @@ def load_task(
         score=score,
         data_dir=data_dir,
         split_seed=split_seed,
+        decoder_start_id=decoder_start_id,
     )
-    return _LOADERS[task.name](request)
+    return _find(task).load(request)
 
 
-def _check_name(task: TaskConfig) -> None:
-    if task.name not in _LOADERS:
-        raise ConfigError(f"no task={task.name}; {choices_hint(task.name, list(_LOADERS))}")
-
-
-def _allowed_objectives(task: TaskConfig) -> tuple[Objective, ...]:
-    """What a task can be posed as, its natural form first."""
-    _check_name(task)
-    if task.name == "glue":
-        return (resolve_subset(task).objective,)
-    if task.name == "synthetic":
-        return (Objective.classification, Objective.causal)
-    return (Objective.image,)
+def _find(task: TaskConfig) -> _Task:
+    if task.name not in _TASKS:
+        raise ConfigError(f"no task={task.name}; {choices_hint(task.name, list(_TASKS))}")
+    return _TASKS[task.name]
 
 
 def _pose(allowed: tuple[Objective, ...], family: Family | None) -> Objective:
-    """A decoder continues text; everything else takes the task's natural form."""
-    is_text = Objective.image not in allowed
-    return Objective.causal if family is Family.decoder and is_text else allowed[0]
-
-
-def _num_labels(task: TaskConfig, objective: Objective) -> int:
-    if task.name == "glue":
-        return resolve_subset(task).num_labels
-    return 0 if objective is Objective.causal else task.num_labels
+    """The form that a model's family gives a task; an encoder may predict values, too."""
+    if family is None or Objective.image in allowed:
+        return allowed[0]
+    if family is Family.encoder and allowed[0] is Objective.regression:
+        return allowed[0]
+    return _POSED[family]
 
 
 def _image_shape(task: TaskConfig) -> tuple[int, int, int]:

@@ -1,13 +1,14 @@
 """Rows to padded batches: the last stage of a task, run once per step.
 
 Text is padded to the longest row of the batch (`dynamic`) or to a fixed length. Models that
-classify are padded on the right; causal ones on the left, with positions derived from the mask,
-so that a row's logits do not depend on its padding. Shapes: B rows, T tokens.
+classify and encoder-decoders are padded on the right; causal ones on the left, with positions
+derived from the mask, so that a row's logits do not depend on its padding. Shapes: B rows, S tokens
+of an encoder-decoder's source, T tokens.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -40,13 +41,9 @@ class TextCollator:
 
     def __call__(self, rows: Sequence[Example]) -> Batch:
         """Pad rows; `num_terms` is their number."""
-        lengths = torch.tensor([len(row["input_ids"]) for row in rows])  # (B,)
-        positions = torch.arange(_padded_length(lengths, self.length))  # (T,)
-        mask = positions < lengths[:, None]  # (B, T)
-        inputs = {
-            "input_ids": _pad([row["input_ids"] for row in rows], mask, self.pad_id),
-            "attention_mask": mask.long(),
-        }
+        ids = [row["input_ids"] for row in rows]
+        mask = _right_mask(ids, self.length)  # (B, T)
+        inputs = {"input_ids": _pad(ids, mask, self.pad_id), "attention_mask": mask.long()}
         if "token_type_ids" in rows[0]:
             types = [row["token_type_ids"] for row in rows]
             inputs["token_type_ids"] = _pad(types, mask, self.pad_type_id)
@@ -68,21 +65,69 @@ class CausalCollator:
 
     def __call__(self, rows: Sequence[Example]) -> Batch:
         """Pad rows; `num_terms` counts the labels that the shifted loss scores."""
-        lengths = torch.tensor([len(row["input_ids"]) for row in rows])  # (B,)
-        width = _padded_length(lengths, self.length)
-        first = width - lengths  # (B,) index of the first real token
-        mask = torch.arange(width) >= first[:, None]  # (B, T)
+        ids = [row["input_ids"] for row in rows]
+        mask = _left_mask(ids, self.length)  # (B, T)
         labels = _pad([row["labels"] for row in rows], mask, IGNORED)
         # The first real token is predicted at a pad (or at nothing). Scoring it would give the
         # pad row a gradient, and pad rows are dropped before they travel.
-        labels.scatter_(1, first[:, None], IGNORED)
+        first = mask.shape[1] - mask.sum(dim=1, keepdim=True)  # (B, 1)
+        labels.scatter_(1, first, IGNORED)
         inputs = {
-            "input_ids": _pad([row["input_ids"] for row in rows], mask, self.pad_id),
+            "input_ids": _pad(ids, mask, self.pad_id),
             "attention_mask": mask.long(),
             "position_ids": (mask.long().cumsum(dim=1) - 1).clamp(min=0),
         }
         num_terms = int((labels[:, 1:] != IGNORED).sum())
         return Batch(inputs=inputs, labels=labels, num_terms=num_terms)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairCollator:
+    """Batches of rows from `encode_pairs`, both sides padded on the right.
+
+    Attributes:
+        pad_id: token id of padding.
+        start_id: token id that the decoder starts from.
+        length: S and T of every batch; None pads to the longest source and target.
+    """
+
+    pad_id: int
+    start_id: int
+    length: int | None
+
+    def __call__(self, rows: Sequence[Example]) -> Batch:
+        """Pad rows; `num_terms` counts label tokens."""
+        ids, targets = [row["input_ids"] for row in rows], [row["labels"] for row in rows]
+        mask, is_scored = _right_mask(ids, self.length), _right_mask(targets, self.length)
+        labels = _pad(targets, is_scored, IGNORED)  # (B, T)
+        # The decoder reads what it should have written one step before.
+        decoder_ids = _pad(targets, is_scored, self.pad_id).roll(1, dims=1)
+        decoder_ids[:, 0] = self.start_id
+        inputs = {
+            "input_ids": _pad(ids, mask, self.pad_id),  # (B, S)
+            "attention_mask": mask.long(),
+            "decoder_input_ids": decoder_ids,
+        }
+        return Batch(inputs=inputs, labels=labels, num_terms=int(is_scored.sum()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptCollator:
+    """Pads `prompt_ids` to the longest of the batch, for generation.
+
+    Attributes:
+        pad_id: token id of padding.
+        is_left: a causal model goes on at the end of its prompt, so that pads come first.
+    """
+
+    pad_id: int
+    is_left: bool
+
+    def __call__(self, rows: Sequence[Example]) -> dict[str, Tensor]:
+        """`input_ids` and `attention_mask`, both (B, T)."""
+        ids = [row["prompt_ids"] for row in rows]
+        mask = _left_mask(ids, None) if self.is_left else _right_mask(ids, None)
+        return {"input_ids": _pad(ids, mask, self.pad_id), "attention_mask": mask.long()}
 
 
 def collate_images(rows: Sequence[Example]) -> Batch:
@@ -93,28 +138,71 @@ def collate_images(rows: Sequence[Example]) -> Batch:
 
 
 def build_text_collator(
-    task: TaskConfig, objective: Objective, tokenizer: "PreTrainedTokenizerBase"
-) -> TextCollator | CausalCollator:
+    task: TaskConfig,
+    objective: Objective,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    decoder_start_id: int | None = None,
+) -> TextCollator | CausalCollator | PairCollator:
     """The collator of a text task.
 
+    Args:
+        task: says how long a batch is padded.
+        objective: of the task's problem.
+        tokenizer: names the padding token.
+        decoder_start_id: token id that an encoder-decoder starts writing from.
+
     Raises:
-        ConfigError: the tokenizer has neither a padding nor an EOS token.
+        ConfigError: the tokenizer has neither a padding nor an EOS token, or an encoder-decoder
+            no start token.
     """
-    # GPT-2 and Llama have no padding token; any valid id will do, since it is masked.
-    pad_id: Any = tokenizer.pad_token_id
-    if pad_id is None:
-        pad_id = tokenizer.eos_token_id
-    if pad_id is None:
-        raise ConfigError("the tokenizer has neither a padding nor an EOS token to pad with")
+    pad_id = _pad_id(tokenizer)
     length = task.max_length if task.padding is Padding.max_length else None
     if objective is Objective.causal:
         return CausalCollator(pad_id=pad_id, length=length)
+    if objective is Objective.seq2seq:
+        if decoder_start_id is None:
+            raise ConfigError(
+                "the model's configuration has no decoder_start_token_id, which an "
+                "encoder-decoder starts writing from; choose another model, e.g. model=bart-base"
+            )
+        return PairCollator(pad_id=pad_id, start_id=decoder_start_id, length=length)
     return TextCollator(
         pad_id=pad_id,
         pad_type_id=tokenizer.pad_token_type_id,
         length=length,
         label_dtype=torch.float32 if objective is Objective.regression else torch.long,
     )
+
+
+def build_prompt_collator(
+    objective: Objective, tokenizer: "PreTrainedTokenizerBase"
+) -> PromptCollator:
+    """The collator of what a writing model is given.
+
+    Raises:
+        ConfigError: the tokenizer has neither a padding nor an EOS token.
+    """
+    return PromptCollator(pad_id=_pad_id(tokenizer), is_left=objective is Objective.causal)
+
+
+def _pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """GPT-2 and Llama have no padding token; any valid id will do, since it is masked."""
+    for pad_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(pad_id, int):
+            return pad_id
+    raise ConfigError("the tokenizer has neither a padding nor an EOS token to pad with")
+
+
+def _right_mask(rows: Sequence[Tensor], fixed: int | None) -> Tensor:
+    """True where a row's tokens are, (B, T), with padding on the right."""
+    lengths = torch.tensor([len(row) for row in rows])  # (B,)
+    return torch.arange(_padded_length(lengths, fixed)) < lengths[:, None]
+
+
+def _left_mask(rows: Sequence[Tensor], fixed: int | None) -> Tensor:
+    """The same with padding on the left."""
+    return _right_mask(rows, fixed).flip(1)
 
 
 def _padded_length(lengths: Tensor, fixed: int | None) -> int:
@@ -126,7 +214,7 @@ def _padded_length(lengths: Tensor, fixed: int | None) -> int:
 
 
 def _pad(values: Sequence[Tensor], mask: Tensor, filler: int) -> Tensor:
-    """Unpadded rows (T_b,) laid into the true places of `mask`, (B, T)."""
-    padded = torch.full(mask.shape, filler, dtype=values[0].dtype)
-    padded[mask] = torch.cat(list(values))
+    """Unpadded rows (T_b,) laid into the true places of `mask`, (B, T), int64."""
+    padded = torch.full(mask.shape, filler, dtype=torch.long)
+    padded[mask] = torch.cat(list(values)).long()
     return padded

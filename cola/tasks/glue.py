@@ -13,7 +13,9 @@ from cola.errors import ConfigError
 from cola.interfaces import Split, TaskData
 from cola.tasks.collate import build_text_collator
 from cola.tasks.encoding import TaskRequest, check_labels, encode_texts, require_tokenizer
-from cola.tasks.sources import Row, choices_hint, hold_out, load_rows, train_name
+from cola.tasks.fields import Fields
+from cola.tasks.sources import Row, choices_hint, load_rows
+from cola.tasks.splits import NamedRows, first_rows, hold_out, train_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,42 +86,62 @@ def load_glue(request: TaskRequest) -> TaskData:
         ConfigError: the model has no tokenizer.
         DataError: a split is missing or cannot be read.
     """
-    task = request.task
-    subset = resolve_subset(task)
-    limit = task.max_train_rows
-    columns = (*subset.columns, "label")
-    rows = load_rows(task, "train", columns=columns, data_dir=request.data_dir, limit=limit)
-    train, selection = hold_out(rows, seed=request.split_seed)
-    report, *extra = (
-        _encode(
-            name, load_rows(task, name, columns=columns, data_dir=request.data_dir), request, subset
-        )
-        for name in subset.report
+    task, tokenizer = request.task, require_tokenizer(request)
+    subset, limit = resolve_subset(task), task.max_train_rows
+    train, selection = hold_out(_read("train", request, limit), seed=request.split_seed)
+    scored = [NamedRows(name=f"5 % of {train_name(limit)}", rows=selection)]
+    scored += [NamedRows(name=name, rows=_read(name, request)) for name in subset.report]
+    chosen, report, *extra = (
+        _encode(first_rows(split, task.max_eval_rows), request) for split in scored
     )
     return TaskData(
         name=f"glue/{task.subset}",
         problem=request.problem,
-        train=_encode("train", train, request, subset),
-        selection=_encode(f"5 % of {train_name(limit)}", selection, request, subset),
+        train=_encode(NamedRows(name="train", rows=train), request),
+        selection=chosen,
         report=report,
         extra_report=extra,
-        collate=build_text_collator(task, subset.objective, require_tokenizer(request)),
+        collate=build_text_collator(task, subset.objective, tokenizer),
         score=request.score,
+        tokenizer=tokenizer,
     )
 
 
-def join_columns(row: Row, columns: Sequence[str]) -> str:
-    """A row as one string, e.g. "premise: A man sleeps. hypothesis: He is awake."."""
-    return " ".join(f"{column}: {row[column]}" for column in columns)
+def join_columns(row: Row, columns: Sequence[str], place: str) -> str:
+    """A row as one string, e.g. "premise: A man sleeps. hypothesis: He is awake.".
+
+    Args:
+        row: has the columns.
+        columns: in the order in which they are joined.
+        place: set, split and number of the row, for messages.
+
+    Raises:
+        DataError: a column is no text, or is empty.
+    """
+    fields = Fields(row, place)
+    return " ".join(f"{column}: {fields.text(column)}" for column in columns)
 
 
-def _encode(name: str, rows: Sequence[Row], request: TaskRequest, subset: GlueSubset) -> Split:
-    """A split of tokens; labels are checked first, since that is cheap."""
-    check_labels(rows, request.problem, f"glue/{request.task.subset} ({name})")
-    encoded = encode_texts(
-        [join_columns(row, subset.columns) for row in rows],
-        [row["label"] for row in rows],
+def _read(split: str, request: TaskRequest, limit: int | None = None) -> list[Row]:
+    columns = (*resolve_subset(request.task).columns, "label")
+    rows = load_rows(request.task, split, columns=columns, data_dir=request.data_dir, limit=limit)
+    check_labels(rows, request.problem, f"glue/{request.task.subset} ({split})")
+    return rows
+
+
+def _encode(split: NamedRows[Row], request: TaskRequest) -> Split:
+    """Tokens of a split."""
+    name = f"glue/{request.task.subset} ({split.name})"
+    columns = resolve_subset(request.task).columns
+    texts = [
+        join_columns(row, columns, f"{name}, row {number}")
+        for number, row in enumerate(split.rows, start=1)
+    ]
+    rows = encode_texts(
+        texts,
+        [row["label"] for row in split.rows],
         tokenizer=require_tokenizer(request),
         max_length=request.problem.max_length,
+        name=name,
     )
-    return Split(name=name, rows=encoded)
+    return Split(name=split.name, rows=rows)

@@ -1,10 +1,10 @@
-"""Image classification: scikit-learn's digits (built in) and MNIST, for models from scratch.
+"""Image classification for models from scratch: scikit-learn's digits (built in), MNIST, CIFAR-10.
 
-Pixels are scaled to [0, 1], standardised once up front and kept as float32 (C, H, W) views of
-one tensor, so that a row costs nothing to fetch.
+Pixels are scaled to [0, 1], standardised once up front and kept as one float32 tensor per split.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,16 +13,39 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cola.errors import DataError
-from cola.interfaces import Problem, Split, TaskData
+from cola.interfaces import Batch, Problem, Split, TaskData
 from cola.tasks.collate import collate_images
 from cola.tasks.encoding import TaskRequest, check_labels
-from cola.tasks.sources import hold_out, load_arrays, train_name
+from cola.tasks.image_rows import ImageRows, crop_and_flip
+from cola.tasks.sources import load_arrays
+from cola.tasks.splits import NamedRows, first_rows, hold_out, train_name
 
-MNIST_MEAN = 0.1307  # of pixels in [0, 1]
-MNIST_STD = 0.3081
-DIGITS_WHITE = 16.0  # brightest pixel value
+WHITE = 255.0  # brightest pixel value
+DIGITS_WHITE = 16.0
 DIGITS_TEST_FRACTION = 0.2
 DIGITS_SELECTION_FRACTION = 0.1  # 5 % would be 72 images, and one image 1.4 points of accuracy
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSet:
+    """Static facts of a published set.
+
+    Attributes:
+        mean, std: per channel, of pixels in [0, 1].
+        augment: what training batches go through; None leaves them as they are.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augment: Callable[[Batch, torch.Generator], Batch] | None = None
+
+
+IMAGE_SETS: dict[str, ImageSet] = {
+    "mnist": ImageSet(mean=(0.1307,), std=(0.3081,)),
+    "cifar10": ImageSet(
+        mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010), augment=crop_and_flip
+    ),
+}
 
 
 def load_digits(request: TaskRequest) -> TaskData:
@@ -33,84 +56,109 @@ def load_digits(request: TaskRequest) -> TaskData:
     """
     from sklearn.datasets import load_digits as load_sklearn_digits
 
-    source = load_sklearn_digits()
-    pixels = _scale(source.images, DIGITS_WHITE, request.problem, "digits")
-    labels: list[int] = source.target.tolist()
-    train_indices, test_indices = _stratified(labels, DIGITS_TEST_FRACTION, request.split_seed)
-    train_indices = train_indices[: request.task.max_train_rows]
-    train, selection = hold_out(
-        train_indices, fraction=DIGITS_SELECTION_FRACTION, seed=request.split_seed
+    source, task = load_sklearn_digits(), request.task
+    _check(source.images, source.target, request.problem, "digits")
+    rest, test = _stratified(source.target.tolist(), DIGITS_TEST_FRACTION, request.split_seed)
+    train, held = hold_out(
+        rest[: task.max_train_rows], fraction=DIGITS_SELECTION_FRACTION, seed=request.split_seed
     )
+    pixels, labels = _scale(source.images, DIGITS_WHITE), _labels(source.target)
     std, mean = torch.std_mean(pixels[train])
-    rows = _rows((pixels - mean) / std, labels, request.problem, "digits")
-    limited = train_name(request.task.max_train_rows)
+    pixels.sub_(mean).div_(std)
+    limited = train_name(task.max_train_rows)
+    scored = (
+        NamedRows(name=f"10 % of {limited}", rows=held),
+        NamedRows(name="test (stratified 20 %)", rows=test),
+    )
+    parts = (first_rows(part, task.max_eval_rows) for part in scored)
+    selection, report = (
+        Split(name=part.name, rows=ImageRows(pixels[part.rows], labels[part.rows]))
+        for part in parts
+    )
     return TaskData(
         name="digits",
         problem=request.problem,
-        train=Split(name="train", rows=[rows[i] for i in train]),
-        selection=Split(name=f"10 % of {limited}", rows=[rows[i] for i in selection]),
-        report=Split(name="test (stratified 20 %)", rows=[rows[i] for i in test_indices]),
+        train=Split(name="train", rows=ImageRows(pixels[train], labels[train])),
+        selection=selection,
+        report=report,
         collate=collate_images,
         score=request.score,
     )
 
 
-def load_mnist(request: TaskRequest) -> TaskData:
-    """The official split; selection is a seeded 5 % of train.
+def load_image_set(request: TaskRequest) -> TaskData:
+    """MNIST or CIFAR-10 in the official splits; selection is a seeded 5 % of train.
 
     Raises:
         DataError: the files are missing or do not fit `task.image_shape` or `task.num_labels`.
     """
-    arrays = load_arrays(request.task, request.data_dir)
-    limit = request.task.max_train_rows
-    train_rows = _mnist_rows(arrays.x_train[:limit], arrays.y_train[:limit], request, "mnist train")
-    train, selection = hold_out(train_rows, seed=request.split_seed)
-    test = _mnist_rows(arrays.x_test, arrays.y_test, request, "mnist test")
+    task, facts = request.task, IMAGE_SETS[request.task.name]
+    arrays = load_arrays(task, request.data_dir)
+    official = (arrays.x_train[: task.max_train_rows], arrays.y_train[: task.max_train_rows])
+    test = (arrays.x_test, arrays.y_test)
+    _check_bytes(*official, request.problem, f"{task.name} train")
+    _check_bytes(*test, request.problem, f"{task.name} test")
+    train, held = hold_out(range(len(official[0])), seed=request.split_seed)
+    selection = NamedRows(name=f"5 % of {train_name(task.max_train_rows)}", rows=held)
+    report = NamedRows(name="test", rows=range(len(test[0])))
     return TaskData(
-        name="mnist",
+        name=task.name,
         problem=request.problem,
-        train=Split(name="train", rows=train),
-        selection=Split(name=f"5 % of {train_name(limit)}", rows=selection),
-        report=Split(name="test", rows=test),
+        train=_standardised(NamedRows(name="train", rows=train), *official, facts),
+        selection=_standardised(first_rows(selection, task.max_eval_rows), *official, facts),
+        report=_standardised(first_rows(report, task.max_eval_rows), *test, facts),
         collate=collate_images,
+        augment=facts.augment,
         score=request.score,
     )
 
 
-def _mnist_rows(
-    images: NDArray[Any], labels: NDArray[Any], request: TaskRequest, name: str
-) -> list[dict[str, Any]]:
-    """Standardised rows of one split."""
-    pixels = _scale(images, 255.0, request.problem, name)
-    pixels.sub_(MNIST_MEAN).div_(MNIST_STD)  # in place: the split is 190 MB
-    return _rows(pixels, labels.tolist(), request.problem, name)
+def _standardised(
+    part: NamedRows[int], images: NDArray[Any], labels: NDArray[Any], facts: ImageSet
+) -> Split:
+    """The images that `part` counts, chosen as bytes because they are a quarter of the size."""
+    indices = list(part.rows)
+    pixels = _scale(images[indices], WHITE)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (facts.mean, facts.std))
+    pixels.sub_(mean).div_(std)  # in place: 580 MB for CIFAR-10
+    return Split(name=part.name, rows=ImageRows(pixels, _labels(labels[indices])))
 
 
-def _scale(images: NDArray[Any], white: float, problem: Problem, name: str) -> Tensor:
+def _scale(images: NDArray[Any], white: float) -> Tensor:
     """Images (N, H, W) or (N, H, W, C) as float32 (N, C, H, W) in [0, 1]."""
-    if images.ndim == 3:
-        images = images[..., None]
-    pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2), dtype=np.float32))
-    if tuple(pixels.shape[1:]) != problem.image_shape:
+    channels_first = torch.from_numpy(_with_channels(images)).permute(0, 3, 1, 2)
+    return channels_first.to(torch.float32, memory_format=torch.contiguous_format).div_(white)
+
+
+def _labels(labels: NDArray[Any]) -> Tensor:
+    return torch.from_numpy(labels.astype(np.int64))  # (N,)
+
+
+def _check(images: NDArray[Any], labels: NDArray[Any], problem: Problem, name: str) -> None:
+    """Refuses a set that does not fit the problem, before anything is computed from it."""
+    if len(images) != len(labels):
+        raise DataError(f"{name} has {len(images)} images, but {len(labels)} labels")
+    shape = _with_channels(images).transpose(0, 3, 1, 2).shape[1:]
+    if shape != problem.image_shape:
         raise DataError(
-            f"{name} has images of (channels, height, width) {tuple(pixels.shape[1:])}, "
+            f"{name} has images of (channels, height, width) {shape}, "
             f"but task.image_shape is {problem.image_shape}"
         )
-    return pixels.div_(white)
+    check_labels([{"label": label} for label in labels.tolist()], problem, name)
 
 
-def _rows(
-    pixels: Tensor, labels: Sequence[int], problem: Problem, name: str
-) -> list[dict[str, Any]]:
-    """One row per image, its pixels a view of the whole tensor."""
-    if len(pixels) != len(labels):
-        raise DataError(f"{name} has {len(pixels)} images, but {len(labels)} labels")
-    rows = [
-        {"pixels": image, "label": label}
-        for image, label in zip(pixels.unbind(), labels, strict=True)
-    ]
-    check_labels(rows, problem, name)
-    return rows
+def _check_bytes(images: NDArray[Any], labels: NDArray[Any], problem: Problem, name: str) -> None:
+    """As `_check`, for images that come from a file."""
+    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+        raise DataError(
+            f"{name} has images of {images.dtype} with {images.ndim} axes; they have to be uint8 "
+            "(0 to 255), (N, height, width) or (N, height, width, channels)"
+        )
+    _check(images, labels, problem, name)
+
+
+def _with_channels(images: NDArray[Any]) -> NDArray[Any]:
+    return images[..., None] if images.ndim == 3 else images
 
 
 def _stratified(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:

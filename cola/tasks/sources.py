@@ -1,7 +1,7 @@
 """Where rows come from: a folder of gzipped JSON lines or `.npz` files, or the hub.
 
-First stage of every task: raw rows in, checked for the columns that the task needs. Also the
-seeded hold-out, which depends on the split seed alone so that training seeds share a split.
+First stage of every task: raw rows in, checked for the columns that the task needs. The folder
+`builtin` stands for a few hand-written rows of every text set, which this package holds.
 """
 
 import gzip
@@ -12,19 +12,21 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from cola.config.schema import TaskConfig
 from cola.errors import ConfigError, DataError
-from cola.tasks.hub import load_hub_arrays, load_hub_rows
+from cola.tasks.hub import iter_hub_rows, list_hub_splits, load_hub_arrays
 
 Row = Mapping[str, Any]
-T = TypeVar("T")
 
+BUILTIN = "builtin"
+"""The `data_dir` that stands for this package's own rows."""
+
+SUFFIXES = (".jsonl.gz", ".jsonl")
 ARRAY_NAMES = ("x_train", "y_train", "x_test", "y_test")
 
 
@@ -43,6 +45,17 @@ class ImageArrays:
     y_test: NDArray[Any]
 
 
+def list_splits(task: TaskConfig, data_dir: str | None) -> list[str]:
+    """Splits that a set comes with, from its folder or from the hub.
+
+    Raises:
+        DataError: a missing folder, no hub.
+    """
+    if data_dir is None:
+        return list_hub_splits(task)
+    return _splits_in(_set_folder(_resolve(data_dir), folder_of(task)))
+
+
 def load_rows(
     task: TaskConfig,
     split: str,
@@ -51,22 +64,34 @@ def load_rows(
     data_dir: str | None,
     limit: int | None = None,
 ) -> list[Row]:
-    """Rows of one split, in file order.
+    """Rows of one split, in file order; see `iter_rows`."""
+    return list(iter_rows(task, split, columns=columns, data_dir=data_dir, limit=limit))
+
+
+def iter_rows(
+    task: TaskConfig,
+    split: str,
+    *,
+    columns: Sequence[str],
+    data_dir: str | None,
+    limit: int | None = None,
+) -> Iterator[Row]:
+    """Rows of one split, in file order, one at a time.
 
     Args:
         task: names the folder below `data_dir`, or the hub's set and subset.
         split: `train`, `validation` ...
         columns: what every row must have.
-        data_dir: folder of local sets; None reads the hub.
+        data_dir: folder of local sets, or `builtin`; None reads the hub.
         limit: first rows to keep; None keeps all.
 
     Raises:
         DataError: a missing folder or split, a broken line, a missing column, no hub.
     """
     if data_dir is None:
-        return load_hub_rows(task, split, columns=columns, limit=limit)
-    path = _split_file(Path(data_dir), folder_of(task), split)
-    return list(islice(_read_lines(path, columns), limit))
+        return iter_hub_rows(task, split, columns=columns, limit=limit)
+    path = _split_file(_set_folder(_resolve(data_dir), folder_of(task)), split)
+    return (row for _, row in islice(read_lines(path, columns), limit))
 
 
 def load_arrays(task: TaskConfig, data_dir: str | None) -> ImageArrays:
@@ -77,6 +102,11 @@ def load_arrays(task: TaskConfig, data_dir: str | None) -> ImageArrays:
     """
     if data_dir is None:
         return ImageArrays(**load_hub_arrays(task))
+    if data_dir == BUILTIN:
+        raise DataError(
+            f"data_dir=builtin holds rows of text sets, no images for task={task.name}; "
+            "choose task=digits, which needs no data, or data_dir=FOLDER"
+        )
     folder = _set_folder(Path(data_dir), folder_of(task))
     path = folder / f"{folder.name}.npz"
     if not path.is_file():
@@ -106,34 +136,6 @@ def folder_of(task: TaskConfig) -> str:
     return task.folder
 
 
-def hold_out(rows: Sequence[T], *, fraction: float = 0.05, seed: int) -> tuple[list[T], list[T]]:
-    """Split rows at random into (kept, held out); both keep the order of `rows`.
-
-    Args:
-        rows: at least two.
-        fraction: share held out; rounded, at least one row on either side.
-        seed: of the split, never of the training.
-
-    Raises:
-        DataError: fewer than two rows.
-    """
-    if len(rows) < 2:
-        raise DataError(
-            f"{len(rows)} rows cannot be divided into training and selection rows; "
-            "raise task.max_train_rows or give a larger train split"
-        )
-    count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    held = set(order[:count].tolist())
-    kept = [row for index, row in enumerate(rows) if index not in held]
-    return kept, [rows[index] for index in sorted(held)]
-
-
-def train_name(max_train_rows: int | None) -> str:
-    """What a hold-out was taken from, for the name of its split."""
-    return "train" if max_train_rows is None else f"the first {max_train_rows} rows of train"
-
-
 def choices_hint(given: str, choices: Sequence[str]) -> str:
     """The tail of an error about an unknown name: the nearest choices, then all of them."""
     nearest = get_close_matches(given, choices, n=3)
@@ -141,17 +143,33 @@ def choices_hint(given: str, choices: Sequence[str]) -> str:
     return f"{hint}choose one of {', '.join(choices)}"
 
 
-def _split_file(data_dir: Path, folder: str, split: str) -> Path:
+def _resolve(data_dir: str) -> Path:
+    """The folder of local sets."""
+    return Path(__file__).parent / "samples" if data_dir == BUILTIN else Path(data_dir)
+
+
+def _split_file(directory: Path, split: str) -> Path:
     """The split's file, compressed or plain."""
-    directory = _set_folder(data_dir, folder)
-    for suffix in (".jsonl.gz", ".jsonl"):
+    for suffix in SUFFIXES:
         path = directory / f"{split}{suffix}"
         if path.is_file():
             return path
-    present = sorted(path.name.split(".jsonl")[0] for path in directory.glob("*.jsonl*"))
     raise DataError(
         f"{directory} has no split '{split}' (tried {split}.jsonl.gz and {split}.jsonl); "
-        f"splits there: {', '.join(present) or 'none'}"
+        f"splits there: {', '.join(_splits_in(directory)) or 'none'}"
+    )
+
+
+def _splits_in(directory: Path) -> list[str]:
+    """Splits that a set's folder has files of."""
+    names = (path.name for path in directory.iterdir())
+    return sorted(
+        {
+            name.removesuffix(suffix)
+            for name in names
+            for suffix in SUFFIXES
+            if name.endswith(suffix)
+        }
     )
 
 
@@ -175,15 +193,23 @@ def _set_folder(data_dir: Path, folder: str) -> Path:
     raise DataError(f"no folder {directory} for task.folder={folder}; {hint}")
 
 
-def _read_lines(path: Path, columns: Sequence[str]) -> Iterator[Row]:
-    """Rows of a JSON-lines file, each checked; errors name the file and the 1-based line."""
+def read_lines(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[int, Row]]:
+    """Numbers and rows of a JSON-lines file, plain or gzipped; blank lines are skipped.
+
+    Args:
+        path: gzipped if it ends in `.gz`; UTF-8, with or without a byte order mark.
+        columns: what every row must have.
+
+    Raises:
+        DataError: names the file and the line, counted from 1.
+    """
     number = 0
     open_file = gzip.open if path.suffix == ".gz" else open
     try:
-        with open_file(path, "rt", encoding="utf-8") as file:
+        with open_file(path, "rt", encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield _parse_line(line, f"{path}, line {number}", columns)
+                    yield number, _parse_line(line, f"{path}, line {number}", columns)
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise DataError(f"{path} cannot be read after line {number}: {error}") from error
 

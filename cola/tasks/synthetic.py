@@ -1,28 +1,25 @@
 """A built-in text task that needs no download and that a tiny random model can learn.
 
 A row mixes words of two classes (animals, tools) with fillers; one class is in the majority. An
-encoder says which; a causal model answers with a word for the row's category, then the majority
-class, then EOS. Rows are the same on every machine and for every seed of a run.
+encoder says which; a model that writes answers with a word for the row's category, then the
+majority class, then EOS. A row's category is its user. Rows are the same on every machine and for
+every seed of a run.
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 from cola.config.choices import Objective
 from cola.interfaces import Split, TaskData
 from cola.synthetic_language import CATEGORY_OPENINGS, FILLERS, WORD_CLASSES
 from cola.tasks.collate import build_text_collator
-from cola.tasks.encoding import (
-    TaskRequest,
-    check_labels,
-    encode_responses,
-    encode_texts,
-    require_tokenizer,
-)
+from cola.tasks.encoding import TaskRequest, check_labels, encode_texts, require_tokenizer
+from cola.tasks.splits import NamedRows, Splits, first_rows
+from cola.tasks.text import TextRow, build_text_task
 
+NAME = "synthetic"
 ROWS_SEED = 20240422
 NUM_TRAIN = 2000
 NUM_VALIDATION = 200
@@ -48,15 +45,11 @@ class SyntheticRow:
         """The row as an encoder reads it."""
         return f"category {self.category} text {' '.join(self.words)}"
 
-    @property
-    def prompt(self) -> str:
-        """The row as a causal model reads it."""
-        return f"{self.text} response"
-
-    @property
-    def response(self) -> str:
-        """What a causal model has to answer, a function of category and label."""
-        return f"{CATEGORY_OPENINGS[self.category]} {list(WORD_CLASSES)[self.label]}"
+    def written(self, *, is_causal: bool) -> TextRow:
+        """The row for a model that writes; its answer is a function of category and label."""
+        source = f"{self.text} response" if is_causal else self.text
+        answer = f"{CATEGORY_OPENINGS[self.category]} {list(WORD_CLASSES)[self.label]}"
+        return TextRow(source, answer, user=self.category)
 
 
 def load_synthetic(request: TaskRequest) -> TaskData:
@@ -66,19 +59,17 @@ def load_synthetic(request: TaskRequest) -> TaskData:
         ConfigError: the model has no tokenizer.
         DataError: `task.num_labels` is below two.
     """
-    rows = generate_rows()
-    train = list(islice(rows, NUM_TRAIN))[: request.task.max_train_rows]
-    return TaskData(
-        name="synthetic",
-        problem=request.problem,
-        train=_encode("train", train, request),
-        selection=_encode("validation", list(islice(rows, NUM_VALIDATION)), request),
-        report=_encode("test", list(islice(rows, NUM_TEST)), request),
-        collate=build_text_collator(
-            request.task, request.problem.objective, require_tokenizer(request)
-        ),
-        score=request.score,
+    task, stream = request.task, generate_rows()
+    train = list(islice(stream, NUM_TRAIN))[: task.max_train_rows]
+    selection, report = (
+        first_rows(NamedRows(name=name, rows=list(islice(stream, count))), task.max_eval_rows)
+        for name, count in (("validation", NUM_VALIDATION), ("test", NUM_TEST))
     )
+    splits = Splits(train=NamedRows(name="train", rows=train), selection=selection, report=report)
+    if request.problem.objective is Objective.classification:
+        return _build_classification(request, splits)
+    is_causal = request.problem.objective is Objective.causal
+    return build_text_task(request, NAME, splits.map(lambda row: row.written(is_causal=is_causal)))
 
 
 def generate_rows() -> Iterator[SyntheticRow]:
@@ -104,26 +95,31 @@ def _draw(generator: random.Random) -> SyntheticRow:
     return SyntheticRow(category=category, words=tuple(words), label=label)
 
 
-def _encode(name: str, rows: Sequence[SyntheticRow], request: TaskRequest) -> Split:
-    """Tokens of a split, each row with its category."""
+def _build_classification(request: TaskRequest, splits: Splits[SyntheticRow]) -> TaskData:
     tokenizer = require_tokenizer(request)
-    max_length = request.problem.max_length
-    encoded: list[dict[str, Any]]
-    if request.problem.objective is Objective.causal:
-        encoded = encode_responses(
-            [row.prompt for row in rows],
-            [row.response for row in rows],
-            tokenizer=tokenizer,
-            max_length=max_length,
-        )
-    else:
-        encoded = encode_texts(
-            [row.text for row in rows],
-            [row.label for row in rows],
-            tokenizer=tokenizer,
-            max_length=max_length,
-        )
-        check_labels(encoded, request.problem, f"synthetic ({name})")
-    for row, source in zip(encoded, rows, strict=True):
-        row["category"] = source.category
-    return Split(name=name, rows=encoded)
+    return TaskData(
+        name=NAME,
+        problem=request.problem,
+        train=_encode(splits.train, request),
+        selection=_encode(splits.selection, request),
+        report=_encode(splits.report, request),
+        collate=build_text_collator(request.task, request.problem.objective, tokenizer),
+        score=request.score,
+        tokenizer=tokenizer,
+    )
+
+
+def _encode(split: NamedRows[SyntheticRow], request: TaskRequest) -> Split:
+    """Tokens of a split to classify."""
+    name = f"{NAME} ({split.name})"
+    labels = [row.label for row in split.rows]
+    check_labels([{"label": label} for label in labels], request.problem, name)
+    rows = encode_texts(
+        [row.text for row in split.rows],
+        labels,
+        tokenizer=require_tokenizer(request),
+        max_length=request.problem.max_length,
+        name=name,
+    )
+    users = [row.category for row in split.rows]
+    return Split(name=split.name, rows=rows.with_values({"user": users}))

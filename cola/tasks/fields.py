@@ -1,0 +1,88 @@
+"""Values of a raw row, refused where they cannot be what a task needs: text, texts, classes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cola.errors import DataError
+from cola.tasks.sources import Row
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Reads the values of one raw row, and refuses those that cannot be what they should.
+
+    Attributes:
+        row: the raw row.
+        place: set, split and number of the row, for messages.
+    """
+
+    row: Row
+    place: str
+
+    def text(self, *path: str) -> str:
+        """The text at a column, or at a field of it.
+
+        Raises:
+            DataError: it is no text, or has none in it.
+        """
+        value = self._value(path)
+        if not _is_full(value):
+            raise self._error(path, value, "a text that is not empty")
+        return str(value)
+
+    def optional_text(self, *path: str) -> str:
+        """The same where an empty one is fine; some copies of the sets hold null instead."""
+        value = self._value(path)
+        if value is None:
+            return ""
+        if not isinstance(value, str):
+            raise self._error(path, value, "a text")
+        return value
+
+    def texts(self, *path: str) -> list[str]:
+        """A list of texts, of which some may be empty."""
+        value = self._value(path)
+        if not _is_texts(value):
+            raise self._error(path, value, "a list of texts")
+        return list(value)
+
+    def full_texts(self, *path: str) -> list[str]:
+        """A list of texts, none of them empty."""
+        value = self._value(path)
+        if not isinstance(value, list) or not all(_is_full(text) for text in value):
+            raise self._error(path, value, "a list of texts, none of them empty")
+        return value
+
+    def text_lists(self, *path: str) -> list[list[str]]:
+        """A list of lists of texts."""
+        value = self._value(path)
+        if not isinstance(value, list) or not all(_is_texts(texts) for texts in value):
+            raise self._error(path, value, "a list of lists of texts")
+        return value
+
+    def word(self, column: str, words: tuple[str, ...]) -> str:
+        """The word for a class."""
+        label = self._value((column,))
+        if type(label) is not int or not 0 <= label < len(words):
+            raise self._error((column,), label, f"a class from 0 to {len(words) - 1}")
+        return words[label]
+
+    def _value(self, path: tuple[str, ...]) -> Any:
+        value: Any = self.row
+        for depth, name in enumerate(path):
+            if not isinstance(value, Mapping) or name not in value:
+                raise self._error(path[:depth], value, f"an object with a field {name}")
+            value = value[name]
+        return value
+
+    def _error(self, path: tuple[str, ...], value: object, wanted: str) -> DataError:
+        return DataError(f"{self.place}: {'.'.join(path)} is {value!r:.80}, but has to be {wanted}")
+
+
+def _is_full(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)

@@ -1,0 +1,78 @@
+"""Tasks in which a model writes text: a source in, a target out, by either kind of model.
+
+An encoder-decoder reads the source and writes the target; a causal model continues the source with
+the target. Where rows come from and how a source is worded is up to the caller.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cola.config.choices import Objective
+from cola.interfaces import Split, TaskData
+from cola.tasks.collate import build_prompt_collator, build_text_collator
+from cola.tasks.encoding import TaskRequest, encode_pairs, encode_responses, require_tokenizer
+from cola.tasks.splits import NamedRows, Splits
+
+
+@dataclass(frozen=True)
+class TextRow:
+    """One row before encoding.
+
+    Attributes:
+        source: what the model is given, word for word.
+        target: what it has to write, and what its text is compared with.
+        user: who owns the row, where the data names somebody.
+    """
+
+    source: str
+    target: str
+    user: str | None = None
+
+
+def build_text_task(request: TaskRequest, name: str, splits: Splits[TextRow]) -> TaskData:
+    """Encode the splits of a writing task.
+
+    Args:
+        request: its objective, `seq2seq` or `causal`, decides the form of the rows.
+        name: the set, for messages and the run's summary.
+        splits: targets are not empty.
+
+    Raises:
+        ConfigError: the model has no tokenizer, or it or `task.max_length` does not fit.
+    """
+    tokenizer, objective = require_tokenizer(request), request.problem.objective
+    return TaskData(
+        name=name,
+        problem=request.problem,
+        train=_encode(request, name, splits.train, is_scored=False),
+        selection=_encode(request, name, splits.selection, is_scored=True),
+        report=_encode(request, name, splits.report, is_scored=True),
+        collate=build_text_collator(
+            request.task, objective, tokenizer, decoder_start_id=request.decoder_start_id
+        ),
+        score=request.score,
+        collate_prompts=build_prompt_collator(objective, tokenizer),
+        tokenizer=tokenizer,
+    )
+
+
+def _encode(
+    request: TaskRequest, name: str, split: NamedRows[TextRow], *, is_scored: bool
+) -> Split:
+    """Tokens of a split; what a scored one is compared with stays text."""
+    encode = encode_pairs if request.problem.objective is Objective.seq2seq else encode_responses
+    values: dict[str, Sequence[Any]] = {}
+    if is_scored:
+        values["reference"] = [row.target for row in split.rows]
+    if all(row.user is not None for row in split.rows):
+        values["user"] = [row.user for row in split.rows]
+    rows = encode(
+        [row.source for row in split.rows],
+        [row.target for row in split.rows],
+        tokenizer=require_tokenizer(request),
+        max_length=request.problem.max_length,
+        name=f"{name} ({split.name})",
+        with_prompts=is_scored,
+    )
+    return Split(name=split.name, rows=rows.with_values(values))
