@@ -1,67 +1,183 @@
-"""Runs several configurations one after another in one process and prints them as one table.
+"""Runs several configurations side by side and prints them as one table.
 
     python scripts/compare.py demo
-    python scripts/compare.py mrpc data_dir=DATA model.path=MINILM --json results.json
+    python scripts/compare.py glue data_dir=DATA model.path=MINILM --jobs 8 --json results.json
 
-The comparison is a file in scripts/comparisons; further overrides apply to all of its variants.
+The comparison is a file in scripts/comparisons: `common` overrides, `variants` by name, and, if it
+has them, `tasks` by name and `seeds`. Further overrides apply to all. Every run has a folder of its
+own under outputs/compare. --json is written after every run; with --resume the runs that it holds
+already are not done again.
 """
 
 import argparse
 import json
 import logging
+import multiprocessing
+import re
 import shutil
+import statistics
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from cola.config.store import compose_run
-from cola.experiment import run_experiment
 from cola.report.text import format_table
 from cola.tracking import read_metrics
 
 COMPARISONS = Path(__file__).parent / "comparisons"
+ONLY_TASK = ""
+
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run of a comparison."""
+
+    task: str
+    variant: str
+    seed: int
+    overrides: list[str]
+    folder: Path
+
+    @property
+    def facts(self) -> Result:
+        """What tells this run from others."""
+        return {
+            "task": self.task,
+            "variant": self.variant,
+            "seed": self.seed,
+            "overrides": self.overrides,
+        }
 
 
 def main() -> int:
-    """Runs the comparison; the summaries go to --json, with every loss for a curve."""
+    """Runs the comparison; summaries and every loss go to --json. Exit code 1 if a run failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("comparison", choices=sorted(path.stem for path in COMPARISONS.glob("*")))
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--json", type=Path, help="write summaries and losses here")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each a process")
+    parser.add_argument("--resume", action="store_true", help="keep the runs that --json holds")
+    parser.add_argument("--folder", type=Path, help="of the runs; outputs/compare/NAME")
     arguments = parser.parse_intermixed_args()
+    folder = arguments.folder or Path("outputs", "compare", arguments.comparison)
+    jobs = list(read_jobs(arguments.comparison, arguments.overrides, folder))
+    kept = _read(arguments.json) if arguments.resume and arguments.json else []
+    results = {
+        index: next((r for r in kept if job.facts.items() <= r.items()), None)
+        for index, job in enumerate(jobs)
+    }
+    left = {index: job for index, job in enumerate(jobs) if results[index] is None}
+    for index, result in _run_all(left, arguments.jobs):
+        results[index] = result
+        if arguments.json:
+            done = [result for result in results.values() if result]
+            text = json.dumps({"command": sys.argv, "runs": done}, indent=1)
+            arguments.json.write_text(text + "\n", encoding="utf-8")
+    sys.stdout.write(table([result for result in results.values() if result]) + "\n")
+    failed = [jobs[index] for index, result in results.items() if result is None]
+    for job in failed:
+        sys.stderr.write(f"failed: {job.folder} ({' '.join(job.overrides)})\n")
+    return 1 if failed else 0
+
+
+def _read(path: Path) -> list[Result]:
+    if not path.exists():
+        return []
+    runs: list[Result] = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    return runs
+
+
+def _run_all(jobs: dict[int, Job], num_processes: int) -> Iterator[tuple[int, Result | None]]:
+    """Results as they come in."""
+    if num_processes == 1:
+        yield from ((index, run(job)) for index, job in jobs.items())
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_processes, mp_context=context) as pool:
+        running = {pool.submit(run, job): index for index, job in jobs.items()}
+        yield from ((running[future], future.result()) for future in as_completed(running))
+
+
+def read_jobs(name: str, overrides: list[str], folder: Path) -> Iterator[Job]:
+    """Every task, variant and seed of a comparison."""
+    comparison = yaml.safe_load((COMPARISONS / f"{name}.yaml").read_text(encoding="utf-8"))
+    for seed in comparison.get("seeds", [0]):
+        for task, task_lines in comparison.get("tasks", {ONLY_TASK: []}).items():
+            for variant, lines in comparison["variants"].items():
+                label = re.sub(r"[^A-Za-z0-9]+", "_", f"{task} {variant} s{seed}").strip("_")
+                yield Job(
+                    task=task,
+                    variant=variant,
+                    seed=seed,
+                    overrides=[
+                        *comparison["common"], *task_lines, *lines, f"seed={seed}", *overrides
+                    ],
+                    folder=folder / label,
+                )  # fmt: skip
+
+
+def run(job: Job) -> Result | None:
+    """One run, its log to stderr; what it leaves in the results, or None if it failed."""
+    from cola.config.store import compose_run
+    from cola.experiment import run_experiment
+
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
     logging.getLogger("cola").setLevel(logging.INFO)
-    text = (COMPARISONS / f"{arguments.comparison}.yaml").read_text(encoding="utf-8")
-    comparison = yaml.safe_load(text)
-    results: dict[str, Any] = {}
-    for name, overrides in comparison["variants"].items():
-        sys.stderr.write(f"{name}\n")
-        folder = Path("outputs", "compare", arguments.comparison, name.replace(" ", "_"))
-        shutil.rmtree(folder, ignore_errors=True)
-        lines = [*comparison["common"], *overrides, *arguments.overrides]
-        run = compose_run([*lines, f"hydra.run.dir='{folder}'"])
-        folder.mkdir(parents=True)
-        summary = run_experiment(run.config, folder)
-        rows = read_metrics(folder)
-        losses = [round(row["train/loss"], 7) for row in rows if "train/loss" in row]
-        results[name] = {"overrides": lines, "summary": summary, "losses": losses}
-        if arguments.json:
-            arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    sys.stdout.write(_table({name: result["summary"] for name, result in results.items()}) + "\n")
-    return 0
+    sys.stderr.write(f"{job.task} {job.variant}, seed {job.seed}\n")
+    shutil.rmtree(job.folder, ignore_errors=True)
+    try:
+        composed = compose_run([*job.overrides, f"hydra.run.dir='{job.folder}'"])
+        job.folder.mkdir(parents=True)
+        summary = run_experiment(composed.config, job.folder)
+    except Exception:
+        logging.exception("%s failed", job.folder)
+        return None
+    losses = [row["train/loss"] for row in read_metrics(job.folder) if "train/loss" in row]
+    return {**job.facts, "summary": summary, "losses": [round(loss, 7) for loss in losses]}
 
 
-def _table(summaries: dict[str, dict[str, Any]]) -> str:
+def table(results: list[Result]) -> str:
+    """One line per variant: costs of a single task, or the scores of several."""
+    tasks = list(dict.fromkeys(result["task"] for result in results))
+    variants = list(dict.fromkeys(result["variant"] for result in results))
+    if len(tasks) == 1:
+        return _costs(results)
+    rows = []
+    for variant in variants:
+        cells = [
+            _mean([r for r in results if r["variant"] == variant and r["task"] == task])
+            for task in tasks
+        ]
+        rows.append([variant, *cells])
+    return format_table(["method, score in %", *tasks], rows)
+
+
+def _mean(results: list[Result]) -> str:
+    """Mean and standard error over seeds, in percent."""
+    values = [100 * result["summary"]["result"]["value"] for result in results]
+    if len(values) < 2:
+        return f"{values[0]:.1f}" if values else "missing"
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.mean(values):.1f} ± {error:.1f}"
+
+
+def _costs(results: list[Result]) -> str:
     header = ["method", "metric", "score, %", "trainable", "peak, MiB", "ms per step", "base ms",
               "offload ms", "run, s"]  # fmt: skip
     rows = []
-    for name, summary in summaries.items():
+    for result in results:
+        summary = result["summary"]
         seconds = [summary[f"{part}_seconds"] for part in ("iteration", "base", "offload")]
         rows.append(
             [
-                name,
+                result["variant"] + (f", seed {result['seed']}" if result["seed"] else ""),
                 summary["result"]["metric"],
                 f"{100 * summary['result']['value']:.1f}",
                 f"{summary['trainable_parameters']:,}",
