@@ -34,14 +34,13 @@ test: install ## tests that need no network and no GPU (under two minutes)
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: install ## the slow tests too
-	$(BIN)/pytest -m 'not gpu and not network'
+	$(BIN)/pytest -m 'not gpu and not network and not smoke'
 
 cov: install ## tests with coverage of cola/
 	$(BIN)/pytest --cov=cola --cov-report=term-missing
 
-smoke: install ## two steps of every adapter and merge mode on the CPU
-	$(BIN)/cola-train -m experiment=smoke adapter=lowrank,linear merge=unmerged,merged,detached
-	$(BIN)/cola-train -m experiment=smoke adapter=mlp merge=unmerged,detached
+smoke: install ## two steps of every task with every method on tiny models (five minutes)
+	$(BIN)/pytest -m smoke -n auto --maxprocesses 4
 
 demo: install ## FT, LoRA and ColA adapters on digits, offline, one table (about a minute)
 	$(BIN)/python scripts/compare.py demo

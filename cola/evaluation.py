@@ -5,6 +5,7 @@ generate, and their loss is that of the reference text (teacher forcing).
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -108,7 +109,7 @@ def _read(
     return mean, _Answers(
         predictions=torch.cat(predictions).cpu(),
         references=torch.cat(references).cpu(),
-        tokens_per_second=_num_tokens(split, task) / seconds if task.tokenizer else None,
+        tokens_per_second=_num_tokens(split) / seconds if task.tokenizer else None,
     )
 
 
@@ -127,7 +128,7 @@ def _write(
     )
 
 
-def _num_tokens(split: Split, task: TaskData) -> int:
+def _num_tokens(split: Split) -> int:
     return sum(len(row["input_ids"]) for row in split.rows)
 
 
@@ -154,8 +155,8 @@ def _samples(split: Split, task: TaskData, answers: _Answers, num: int) -> list[
     samples = []
     for index in range(min(num, len(split.rows))):
         sample = {
-            "prediction": _as_text(answers.predictions[index]),
-            "reference": _as_text(answers.references[index]),
+            "prediction": _as_text(answers.predictions[index], task.label_names),
+            "reference": _as_text(answers.references[index], task.label_names),
         }
         if task.tokenizer is not None:
             row = split.rows[index]
@@ -172,8 +173,10 @@ def _input_text(row: Example, tokenizer: "PreTrainedTokenizerBase") -> str:
     return str(text).strip()
 
 
-def _as_text(answer: Tensor | str) -> str:
-    """A text as it is, a class as its number, a value with four digits."""
+def _as_text(answer: Tensor | str, label_names: Sequence[str]) -> str:
+    """A text as it is, a class by its name or number, a value with four digits."""
     if isinstance(answer, str):
         return answer
-    return f"{answer.item():.4g}" if answer.is_floating_point() else str(int(answer))
+    if answer.is_floating_point():
+        return f"{answer.item():.4g}"
+    return label_names[int(answer)] if label_names else str(int(answer))

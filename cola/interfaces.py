@@ -124,6 +124,7 @@ class TaskData:
         augment: random changes to training batches, a function of the batch and of a generator on
             the CPU; None where there are none.
         tokenizer: turns tokens back into text; None for images.
+        label_names: of the classes, where they have names.
     """
 
     name: str
@@ -137,6 +138,7 @@ class TaskData:
     collate_prompts: Callable[[Sequence[Example]], dict[str, Tensor]] | None = None
     augment: Callable[[Batch, torch.Generator], Batch] | None = None
     tokenizer: "PreTrainedTokenizerBase | None" = None
+    label_names: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

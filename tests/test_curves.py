@@ -8,7 +8,7 @@ from tests.runs import DROPOUT, Run, run, small_synthetic
 
 GPT2 = ("task=synthetic", "model=tiny-gpt2")
 ROBERTA = ("task=synthetic", "model=tiny-roberta")
-LOGGED = ("trainer.max_steps=50", "trainer.log_every=1")
+LOGGED = ("trainer.max_steps=50", "trainer.log_every=1", "task.max_eval_rows=8")
 TOLERANCE = 1e-4
 """float32, largest difference of a loss over 50 steps (the issue's bar)."""
 
@@ -32,7 +32,11 @@ def assert_one_curve(left: Run, right: Run) -> None:
     assert sum(left.losses[-5:]) / 5 < left.losses[0] - 0.1
 
 
-@pytest.mark.parametrize("model", [GPT2, ROBERTA], ids=["tiny-gpt2", "tiny-roberta"])
+@pytest.mark.parametrize(
+    "model",
+    [pytest.param(GPT2, marks=pytest.mark.slow), ROBERTA],
+    ids=["tiny-gpt2", "tiny-roberta"],
+)
 def test_lora_and_lowrank_give_one_curve(train, model):
     assert_one_curve(train(*model, "method=lora"), train(*model, "adapter=lowrank"))
 

@@ -224,7 +224,7 @@ def test_table_of_images_has_no_length(capsys):
 
 @pytest.mark.parametrize(
     "overrides",
-    [("model=tiny-gpt2",), ("adapter=mlp",)],
+    [pytest.param(("model=tiny-gpt2",), marks=pytest.mark.slow), ("adapter=mlp",)],
     ids=" ".join,
 )
 def test_counts_are_those_of_the_run(tmp_path, overrides):

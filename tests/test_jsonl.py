@@ -19,7 +19,8 @@ from cola.errors import ConfigError, DataError
 from cola.interfaces import Split, TaskData
 from cola.models.tokenizer import build_word_tokenizer
 from cola.tasks import load_task, metric_name, resolve_problem
-from tests.runs import run
+from cola.tracking import read_samples
+from tests.runs import Run, run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -411,7 +412,7 @@ def test_dry_run_needs_no_file_but_the_classes() -> None:
 # --- whole runs
 
 
-def own_run(folder: Folder, model: str, metric: str) -> None:
+def own_run(folder: Folder, model: str, metric: str) -> Run:
     train = write(folder.path / "train.jsonl", REVIEWS)
     settings = (f"task.train_file={train}", "task.target=label", "trainer.batch_size=8")
     finished = run(
@@ -420,10 +421,13 @@ def own_run(folder: Folder, model: str, metric: str) -> None:
     assert finished.summary["task"] == "jsonl"
     assert finished.summary["result"]["metric"] == metric
     assert finished.summary["result"]["split"] == "10 % of train"
+    return finished
 
 
 def test_run_classifies_own_files(folder: Folder) -> None:
-    own_run(folder, "tiny-roberta", "accuracy")
+    done = own_run(folder, "tiny-roberta", "accuracy")
+    samples = read_samples(done.folder)
+    assert {row["prediction"] for row in samples} <= {"animal", "tool"}, "classes by their names"
 
 
 @pytest.mark.slow  # rouge-score takes seconds to import

@@ -90,9 +90,10 @@ def run_until(
 @pytest.mark.parametrize(
     ("mode", "step"),
     [
-        ("host", 5), ("lora", 4),
+        ("host", 5),
         *(pytest.param(*cell, marks=pytest.mark.slow) for cell in (
-            ("host", 1), ("host", 6), ("inline", 5), ("merged", 4), ("ft", 5), ("sgd", 5),
+            ("lora", 4), ("host", 1), ("host", 6), ("inline", 5), ("merged", 4), ("ft", 5),
+            ("sgd", 5),
         )),
     ],
 )  # fmt: skip

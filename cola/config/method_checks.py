@@ -87,7 +87,7 @@ def _check_other_groups(config: ExperimentConfig, given: Collection[str]) -> Non
     """Refuses explicit values of groups that a baseline does not have."""
     method = config.method.name
     allowed, values = _neutral_settings(config), flatten(config)
-    takes = "adapter.rank and adapter.alpha alone" if method is MethodName.lora else "none of them"
+    takes = "adapter.rank and adapter.alpha alone" if method is MethodName.lora else "none"
     for name in sorted(given):
         if name.split(".")[0] in ("adapter", "merge", "users", "offload") and name not in allowed:
             value = word(values.get(name, values.get(choice_key(name))))

@@ -24,38 +24,52 @@ class GlueSubset:
 
     Attributes:
         columns: text columns in the order in which they are joined.
-        num_labels: classes; 1 means regression.
+        label_names: of the classes; none for regression.
         metric: name of the judged metric.
         report: splits to report on, the main one first.
     """
 
     columns: tuple[str, ...]
-    num_labels: int = 2
+    label_names: tuple[str, ...]
     metric: str = "accuracy"
     report: tuple[str, ...] = ("validation",)
 
     @property
+    def num_labels(self) -> int:
+        """Classes, or 1 for a value."""
+        return len(self.label_names) or 1
+
+    @property
     def objective(self) -> Objective:
-        """Regression for a single label, else classification."""
-        return Objective.regression if self.num_labels == 1 else Objective.classification
+        """Regression without classes."""
+        return Objective.classification if self.label_names else Objective.regression
 
 
 STATED_NUM_LABELS = 2
 """`task.num_labels` in conf/task/glue.yaml; a subset's own number takes its place."""
 
+_ENTAILMENT = ("entailment", "not_entailment")
+_DUPLICATE = ("not_duplicate", "duplicate")
+
 SUBSETS: dict[str, GlueSubset] = {
-    "cola": GlueSubset(columns=("sentence",), metric="matthews_correlation"),
+    "cola": GlueSubset(
+        columns=("sentence",),
+        label_names=("unacceptable", "acceptable"),
+        metric="matthews_correlation",
+    ),
     "mnli": GlueSubset(
         columns=("premise", "hypothesis"),
-        num_labels=3,
+        label_names=("entailment", "neutral", "contradiction"),
         report=("validation_matched", "validation_mismatched"),
     ),
-    "sst2": GlueSubset(columns=("sentence",)),
-    "mrpc": GlueSubset(columns=("sentence1", "sentence2")),
-    "qnli": GlueSubset(columns=("question", "sentence")),
-    "qqp": GlueSubset(columns=("question1", "question2")),
-    "rte": GlueSubset(columns=("sentence1", "sentence2")),
-    "stsb": GlueSubset(columns=("sentence1", "sentence2"), num_labels=1, metric="pearson"),
+    "sst2": GlueSubset(columns=("sentence",), label_names=("negative", "positive")),
+    "mrpc": GlueSubset(
+        columns=("sentence1", "sentence2"), label_names=("not_equivalent", "equivalent")
+    ),
+    "qnli": GlueSubset(columns=("question", "sentence"), label_names=_ENTAILMENT),
+    "qqp": GlueSubset(columns=("question1", "question2"), label_names=_DUPLICATE),
+    "rte": GlueSubset(columns=("sentence1", "sentence2"), label_names=_ENTAILMENT),
+    "stsb": GlueSubset(columns=("sentence1", "sentence2"), label_names=(), metric="pearson"),
 }
 
 
@@ -104,6 +118,7 @@ def load_glue(request: TaskRequest) -> TaskData:
         collate=build_text_collator(task, subset.objective, tokenizer),
         score=request.score,
         tokenizer=tokenizer,
+        label_names=subset.label_names,
     )
 
 

@@ -68,9 +68,8 @@ def load_jsonl(request: TaskRequest) -> TaskData:
         )
     logger.info("classes: %s", ", ".join(f"{i} = {name}" for i, name in enumerate(names)))
     indices = {name: index for index, name in enumerate(names)}
-    return _build_labelled_task(
-        request, _split(parts, lambda row: _classified_row(row, indices), request)
-    )
+    splits = _split(parts, lambda row: _classified_row(row, indices), request)
+    return _build_labelled_task(request, splits, names)
 
 
 def count_labels(task: TaskConfig) -> int:
@@ -170,7 +169,9 @@ def _classified_row(row: OwnRow, indices: Mapping[str, int]) -> LabelledRow:
     return LabelledRow(text=row.text, label=indices[name], user=row.user)
 
 
-def _build_labelled_task(request: TaskRequest, splits: Splits[LabelledRow]) -> TaskData:
+def _build_labelled_task(
+    request: TaskRequest, splits: Splits[LabelledRow], names: Sequence[str] = ()
+) -> TaskData:
     tokenizer = require_tokenizer(request)
     return TaskData(
         name=NAME,
@@ -181,6 +182,7 @@ def _build_labelled_task(request: TaskRequest, splits: Splits[LabelledRow]) -> T
         collate=build_text_collator(request.task, request.problem.objective, tokenizer),
         score=request.score,
         tokenizer=tokenizer,
+        label_names=names,
     )
 
 

@@ -73,10 +73,15 @@ def choose_splits(
         DataError: no train split, a split without rows, or too few rows to hold any out.
     """
     if "train" not in parts:
-        raise DataError(f"{name} has no train split, only {', '.join(parts) or 'none at all'}")
+        raise DataError(
+            f"{name} has no train split, only {', '.join(parts) or 'none at all'}; add it "
+            "(train.jsonl or train.jsonl.gz), or leave out data_dir to read the hub"
+        )
     for split, rows in parts.items():
         if not rows:
-            raise DataError(f"{name}: split {split} is empty; every split needs at least one row")
+            raise DataError(
+                f"{name}: split {split} is empty; give it at least one row, or remove it"
+            )
     train, source = parts["train"], "train"
     scored = [NamedRows(name=split, rows=parts[split]) for split in _SCORED if split in parts]
     if not scored:
