@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.nn.utils import clip_grad_norm_
 
-from cola.adalora import RankBudget
 from cola.adaptation_data import IntervalWeights
 from cola.adapters import Adapter
+from cola.baselines.adalora import RankBudget
 from cola.config.choices import ClipMode, Objective, Reduction
 from cola.config.schema import OptimizerConfig
 from cola.interfaces import Adaptation, Batch, Measurements

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cola.adapters import Adapter, build_adapter
+from cola.baselines.methods import build_peft_method
 from cola.config.choices import (
     MergeMode,
     MethodName,
@@ -26,7 +27,6 @@ from cola.interfaces import Problem
 from cola.meta_trace import kept_bytes
 from cola.meters import MIB, count_bytes
 from cola.models import BaseModel, build_base_model
-from cola.peft_methods import build_peft_method
 from cola.report.text import format_table, print_text
 from cola.sites import SiteName
 

@@ -9,6 +9,8 @@ from torch import nn
 
 from cola.adapters import Adapter, build_adapter
 from cola.autograd_learner import AutogradLearner
+from cola.baselines.lora import inject_lora
+from cola.baselines.methods import build_peft_method
 from cola.config.choices import (
     EvaluationMerge,
     MergeMode,
@@ -22,14 +24,12 @@ from cola.config.choices import (
 from cola.config.schema import ExperimentConfig, OptimizerConfig
 from cola.gradient_learner import GradientLearner, set_training_mode
 from cola.interfaces import Learner, Placement
-from cola.lora import inject_lora
 from cola.merging import Bank, Merger
 from cola.models import BaseModel
 from cola.offload.fitter import AdapterFitter
 from cola.offload.fleet import Fleet
 from cola.offload.transfer import Transfer
 from cola.offload.worker import InlineWorker, ThreadWorker, Worker
-from cola.peft_methods import build_peft_method
 from cola.sites import SiteName, SiteSpec
 from cola.taps import Taps
 

@@ -77,14 +77,20 @@ def main() -> int:
     for index, result in _run_all(left, arguments.jobs):
         results[index] = result
         if arguments.json:
-            done = [result for result in results.values() if result]
-            text = json.dumps({"command": sys.argv, "runs": done}, indent=1)
-            arguments.json.write_text(text + "\n", encoding="utf-8")
+            write(arguments.json, [result for result in results.values() if result])
     sys.stdout.write(table([result for result in results.values() if result]) + "\n")
     failed = [jobs[index] for index, result in results.items() if result is None]
     for job in failed:
         sys.stderr.write(f"failed: {job.folder} ({' '.join(job.overrides)})\n")
     return 1 if failed else 0
+
+
+def write(path: Path, results: list[Result]) -> None:
+    """All results so far, with the command and what they were obtained with."""
+    from cola.summary import describe_machine
+
+    content = {"command": " ".join(sys.argv), **describe_machine(), "runs": results}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _read(path: Path) -> list[Result]:
@@ -140,6 +146,7 @@ def run(job: Job) -> Result | None:
         logging.exception("%s failed", job.folder)
         return None
     losses = [row["train/loss"] for row in read_metrics(job.folder) if "train/loss" in row]
+    summary.pop("run")  # one machine and commit for all
     return {**job.facts, "summary": summary, "losses": [round(loss, 7) for loss in losses]}
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cola.adalora import RankBudget, orthogonality_penalty
 from cola.autograd_learner import AutogradLearner
+from cola.baselines.adalora import RankBudget, orthogonality_penalty
+from cola.baselines.methods import PeftMethod, build_peft_method
 from cola.checkpoint import load_state, save_state
 from cola.config.choices import MethodName
 from cola.config.schema import ExperimentConfig, MethodConfig
@@ -18,7 +19,6 @@ from cola.errors import SiteError
 from cola.interfaces import Adaptation, Batch
 from cola.learners import build_learner
 from cola.models import BaseModel, build_base_model
-from cola.peft_methods import PeftMethod, build_peft_method
 from cola.tasks import resolve_problem
 from tests.runs import config_of
 

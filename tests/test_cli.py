@@ -280,3 +280,14 @@ def test_wheel_finds_its_conf(tmp_path):
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
     )
     assert done.stdout.strip() == str(installed / "cola" / "conf")
+
+
+@pytest.mark.slow  # a process that imports torch
+def test_reader_that_leaves_early_is_no_failure():
+    script = "import sys; from cola.cli.train import main; sys.exit(main())"
+    command = [sys.executable, "-c", script, "dry_run=true"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        error = process.stderr.read()
+        assert process.wait() == 0, error
+    assert b"Traceback" not in error

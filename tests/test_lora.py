@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from cola.adapters import LinearAdapter, LowRankAdapter, build_adapter
+from cola.baselines.lora import inject_lora
 from cola.config.choices import AdapterKind
 from cola.config.schema import AdapterConfig
-from cola.lora import inject_lora
 from cola.models import BaseModel, build_base_model
 from cola.tasks import resolve_problem
 from tests.runs import config_of

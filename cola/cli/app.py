@@ -7,7 +7,9 @@ was composed and checked: help and configuration errors answer at once.
 import argparse
 import contextlib
 import logging
+import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,6 +161,9 @@ def guard(name: str, action: Callable[[], int]) -> int:
     except ColaError as error:
         sys.stderr.write(f"{name}: {error}\n")
         return BAD_CONFIG
+    except BrokenPipeError:  # the reader of the output (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
     except Exception:
         logger.exception("run failed")
         return FAILED
@@ -168,3 +173,5 @@ def set_up_logging() -> None:
     """Our messages from INFO on, those of libraries from WARNING on, to stderr."""
     logging.basicConfig(format="%(asctime)s %(name)s %(message)s", level=logging.WARNING)
     logging.getLogger("cola").setLevel(logging.INFO)
+    # peft 0.21 asks transformers 5.23 for an attribute by the name it is about to lose.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")

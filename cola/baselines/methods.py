@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from cola.adalora import RankBudget
+from cola.baselines.adalora import RankBudget
+from cola.baselines.folder import save_peft_folder
+from cola.baselines.virtual_tokens import (
+    VirtualTokenModel,
+    num_positions,
+    start_from_text,
+    takes_prefix,
+)
 from cola.config.choices import Family, MethodName, Objective
 from cola.config.schema import ExperimentConfig
 from cola.errors import ConfigError, SiteError
@@ -23,14 +30,7 @@ from cola.generation import resolve_decoding
 from cola.interfaces import Problem
 from cola.models import BaseModel, resolve_family, resolve_sites
 from cola.models.base import model_label, seeded_weights
-from cola.peft_folder import save_peft_folder
 from cola.sites import SiteKind, SiteSpec
-from cola.virtual_tokens import (
-    VirtualTokenModel,
-    num_positions,
-    start_from_text,
-    takes_prefix,
-)
 
 if TYPE_CHECKING:
     from peft import PeftConfig

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cola.adalora import ADAPTER
+from cola.baselines.adalora import ADAPTER
 from cola.export import PEFT_PREFIX, PEFT_TENSORS
 
 

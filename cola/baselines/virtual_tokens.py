@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cola.adalora import ADAPTER
+from cola.baselines.adalora import ADAPTER
 from cola.errors import ConfigError
 
 if TYPE_CHECKING:

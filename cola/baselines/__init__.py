@@ -1,0 +1,1 @@
+"""Baselines by plain back-propagation: what the PEFT library puts into a base model."""
