@@ -7,16 +7,14 @@ target. Splits follow the rule of every text set. Each message names the file an
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 from cola.config.choices import Objective
 from cola.config.schema import TaskConfig
 from cola.config.template import format_value
 from cola.errors import ConfigError, DataError
-from cola.interfaces import Split, TaskData
-from cola.tasks.collate import build_text_collator
-from cola.tasks.encoding import TaskRequest, encode_texts, require_tokenizer
+from cola.interfaces import TaskData
+from cola.tasks.encoding import TaskRequest
 from cola.tasks.own_rows import (
     OwnRow,
     read_files,
@@ -26,23 +24,14 @@ from cola.tasks.own_rows import (
     warn_of_copies,
 )
 from cola.tasks.sources import choices_hint, read_lines
-from cola.tasks.splits import NamedRows, Splits, choose_splits
-from cola.tasks.text import TextRow, build_text_task
+from cola.tasks.splits import Splits, choose_splits
+from cola.tasks.text import LabelledRow, TextRow, build_labelled_task, build_text_task
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 NAME = "jsonl"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelledRow:
-    """A row to classify, or to predict the value of."""
-
-    text: str
-    label: float
-    user: str | None
 
 
 def load_jsonl(request: TaskRequest) -> TaskData:
@@ -58,7 +47,7 @@ def load_jsonl(request: TaskRequest) -> TaskData:
     if objective is not Objective.classification:
         _refuse_classes(request.task, objective)
         if objective is Objective.regression:
-            return _build_labelled_task(request, _split(parts, _valued_row, request))
+            return build_labelled_task(request, NAME, _split(parts, _valued_row, request))
         return build_text_task(request, NAME, _split(parts, _text_row, request))
     names = class_names(request.task)
     if len(names) != request.problem.num_labels:
@@ -69,7 +58,7 @@ def load_jsonl(request: TaskRequest) -> TaskData:
     logger.info("classes: %s", ", ".join(f"{i} = {name}" for i, name in enumerate(names)))
     indices = {name: index for index, name in enumerate(names)}
     splits = _split(parts, lambda row: _classified_row(row, indices), request)
-    return _build_labelled_task(request, splits, names)
+    return build_labelled_task(request, NAME, splits, label_names=names)
 
 
 def count_labels(task: TaskConfig) -> int:
@@ -167,36 +156,6 @@ def _classified_row(row: OwnRow, indices: Mapping[str, int]) -> LabelledRow:
             f"{choices_hint(name, list(indices))}"
         )
     return LabelledRow(text=row.text, label=indices[name], user=row.user)
-
-
-def _build_labelled_task(
-    request: TaskRequest, splits: Splits[LabelledRow], names: Sequence[str] = ()
-) -> TaskData:
-    tokenizer = require_tokenizer(request)
-    return TaskData(
-        name=NAME,
-        problem=request.problem,
-        train=_encode(splits.train, request),
-        selection=_encode(splits.selection, request),
-        report=_encode(splits.report, request),
-        collate=build_text_collator(request.task, request.problem.objective, tokenizer),
-        score=request.score,
-        tokenizer=tokenizer,
-        label_names=names,
-    )
-
-
-def _encode(part: NamedRows[LabelledRow], request: TaskRequest) -> Split:
-    rows = encode_texts(
-        [row.text for row in part.rows],
-        [row.label for row in part.rows],
-        tokenizer=require_tokenizer(request),
-        max_length=request.problem.max_length,
-        name=f"{NAME} ({part.name})",
-    )
-    if request.task.user is not None:
-        rows = rows.with_values({"user": [row.user for row in part.rows]})
-    return Split(name=part.name, rows=rows)
 
 
 def _class_value(value: object, place: str) -> str | int:

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from itertools import islice
 
 from cola.config.choices import Objective
-from cola.interfaces import Split, TaskData
+from cola.interfaces import TaskData
 from cola.synthetic_language import CATEGORY_OPENINGS, FILLERS, WORD_CLASSES
-from cola.tasks.collate import build_text_collator
-from cola.tasks.encoding import TaskRequest, check_labels, encode_texts, require_tokenizer
+from cola.tasks.encoding import TaskRequest
 from cola.tasks.splits import NamedRows, Splits, first_rows
-from cola.tasks.text import TextRow, build_text_task
+from cola.tasks.text import LabelledRow, TextRow, build_labelled_task, build_text_task
 
 NAME = "synthetic"
 ROWS_SEED = 20240422
@@ -51,6 +50,10 @@ class SyntheticRow:
         answer = f"{CATEGORY_OPENINGS[self.category]} {list(WORD_CLASSES)[self.label]}"
         return TextRow(source, answer, user=self.category)
 
+    def labelled(self) -> LabelledRow:
+        """The row as a classifier is given it."""
+        return LabelledRow(text=self.text, label=self.label, user=self.category)
+
 
 def load_synthetic(request: TaskRequest) -> TaskData:
     """Generate and encode the three splits; `split_seed` has no say, since they are fixed.
@@ -67,7 +70,8 @@ def load_synthetic(request: TaskRequest) -> TaskData:
     )
     splits = Splits(train=NamedRows(name="train", rows=train), selection=selection, report=report)
     if request.problem.objective is Objective.classification:
-        return _build_classification(request, splits)
+        labelled = splits.map(lambda row: row.labelled())
+        return build_labelled_task(request, NAME, labelled, label_names=list(WORD_CLASSES))
     is_causal = request.problem.objective is Objective.causal
     return build_text_task(request, NAME, splits.map(lambda row: row.written(is_causal=is_causal)))
 
@@ -93,33 +97,3 @@ def _draw(generator: random.Random) -> SyntheticRow:
     generator.shuffle(words)
     category = generator.choice(list(CATEGORY_OPENINGS))
     return SyntheticRow(category=category, words=tuple(words), label=label)
-
-
-def _build_classification(request: TaskRequest, splits: Splits[SyntheticRow]) -> TaskData:
-    tokenizer = require_tokenizer(request)
-    return TaskData(
-        name=NAME,
-        problem=request.problem,
-        train=_encode(splits.train, request),
-        selection=_encode(splits.selection, request),
-        report=_encode(splits.report, request),
-        collate=build_text_collator(request.task, request.problem.objective, tokenizer),
-        score=request.score,
-        tokenizer=tokenizer,
-    )
-
-
-def _encode(split: NamedRows[SyntheticRow], request: TaskRequest) -> Split:
-    """Tokens of a split to classify."""
-    name = f"{NAME} ({split.name})"
-    labels = [row.label for row in split.rows]
-    check_labels([{"label": label} for label in labels], request.problem, name)
-    rows = encode_texts(
-        [row.text for row in split.rows],
-        labels,
-        tokenizer=require_tokenizer(request),
-        max_length=request.problem.max_length,
-        name=name,
-    )
-    users = [row.category for row in split.rows]
-    return Split(name=split.name, rows=rows.with_values({"user": users}))

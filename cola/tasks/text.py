@@ -1,4 +1,4 @@
-"""Tasks in which a model writes text: a source in, a target out, by either kind of model.
+"""Text tasks from rows in plain words: a model writes a target, or gives a label.
 
 An encoder-decoder reads the source and writes the target; a causal model continues the source with
 the target. Where rows come from and how a source is worded is up to the caller.
@@ -11,13 +11,20 @@ from typing import Any
 from cola.config.choices import Objective
 from cola.interfaces import Split, TaskData
 from cola.tasks.collate import build_prompt_collator, build_text_collator
-from cola.tasks.encoding import TaskRequest, encode_pairs, encode_responses, require_tokenizer
+from cola.tasks.encoding import (
+    TaskRequest,
+    check_labels,
+    encode_pairs,
+    encode_responses,
+    encode_texts,
+    require_tokenizer,
+)
 from cola.tasks.splits import NamedRows, Splits
 
 
 @dataclass(frozen=True)
 class TextRow:
-    """One row before encoding.
+    """One row to write an answer to, before encoding.
 
     Attributes:
         source: what the model is given, word for word.
@@ -27,6 +34,21 @@ class TextRow:
 
     source: str
     target: str
+    user: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledRow:
+    """One row to classify, or to predict the value of, before encoding.
+
+    Attributes:
+        text: what the model is given.
+        label: class or value.
+        user: who owns the row, where the data names somebody.
+    """
+
+    text: str
+    label: float
     user: str | None = None
 
 
@@ -57,6 +79,57 @@ def build_text_task(request: TaskRequest, name: str, splits: Splits[TextRow]) ->
     )
 
 
+def build_labelled_task(
+    request: TaskRequest,
+    name: str,
+    splits: Splits[LabelledRow],
+    *,
+    label_names: Sequence[str] = (),
+) -> TaskData:
+    """Encode the splits of a task of classes or values.
+
+    Args:
+        request: its objective is `classification` or `regression`.
+        name: the set, for messages and the run's summary.
+        splits: rows in plain words.
+        label_names: of the classes, where they have names.
+
+    Raises:
+        ConfigError: the model has no tokenizer.
+        DataError: a label is out of range.
+    """
+    tokenizer = require_tokenizer(request)
+    return TaskData(
+        name=name,
+        problem=request.problem,
+        train=_encode_labelled(request, name, splits.train),
+        selection=_encode_labelled(request, name, splits.selection),
+        report=_encode_labelled(request, name, splits.report),
+        collate=build_text_collator(request.task, request.problem.objective, tokenizer),
+        score=request.score,
+        tokenizer=tokenizer,
+        label_names=label_names,
+    )
+
+
+def _encode_labelled(request: TaskRequest, name: str, split: NamedRows[LabelledRow]) -> Split:
+    labels = [row.label for row in split.rows]
+    check_labels([{"label": label} for label in labels], request.problem, f"{name} ({split.name})")
+    rows = encode_texts(
+        [row.text for row in split.rows],
+        labels,
+        tokenizer=require_tokenizer(request),
+        max_length=request.problem.max_length,
+        name=f"{name} ({split.name})",
+    )
+    return Split(name=split.name, rows=rows.with_values(_users(split)))
+
+
+def _users(split: NamedRows[TextRow] | NamedRows[LabelledRow]) -> dict[str, Sequence[Any]]:
+    users = [row.user for row in split.rows]
+    return {} if None in users else {"user": users}
+
+
 def _encode(
     request: TaskRequest, name: str, split: NamedRows[TextRow], *, is_scored: bool
 ) -> Split:
@@ -65,8 +138,6 @@ def _encode(
     values: dict[str, Sequence[Any]] = {}
     if is_scored:
         values["reference"] = [row.target for row in split.rows]
-    if all(row.user is not None for row in split.rows):
-        values["user"] = [row.user for row in split.rows]
     rows = encode(
         [row.source for row in split.rows],
         [row.target for row in split.rows],
@@ -75,4 +146,4 @@ def _encode(
         name=f"{name} ({split.name})",
         with_prompts=is_scored,
     )
-    return Split(name=split.name, rows=rows.with_values(values))
+    return Split(name=split.name, rows=rows.with_values({**values, **_users(split)}))
