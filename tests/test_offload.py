@@ -731,3 +731,20 @@ def test_an_inline_worker_runs_a_task_before_it_returns() -> None:
     assert ran_in.result() is threading.current_thread()
     assert worker.busy_seconds() > 0
     worker.stop()
+
+
+@pytest.mark.parametrize("clip", ["none", "adapter"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gpu_names_the_broken_site_when_it_is_asked(
+    build_fleet: FleetBuilder, clip: str, value: float
+) -> None:
+    fleet = build_fleet("none", tiny.optimizer("adamw", clip))
+    (slot,) = fleet._slots
+    slot.fitter.device = torch.device("cuda")  # all that tells a fitter not to look at every step
+    for number in (1, 2):
+        fleet.begin_step(fit(number))
+        fleet.put("first", data())
+        fleet.put("second", data(value if number == 1 else None))
+        fleet.finish()  # a step later all gradients are finite again
+    with pytest.raises(OffloadError, match="hidden gradient of site 'second' is not finite"):
+        fleet.drain()

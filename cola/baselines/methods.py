@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 VIRTUAL_TOKEN_METHODS = (MethodName.prompt, MethodName.prefix, MethodName.ptuning)
 
-_WRITES = (Objective.causal, Objective.seq2seq)
 _SAVED_BY_PEFT = ("classifier", "score")
 # The paper's counts of AdaLoRA are those of the library's default targets, but for Llama-2, where
 # the (All) row adapts all linear layers as every other method does.
@@ -79,7 +78,7 @@ def build_peft_method(
     from peft import get_peft_model
 
     module, name = base.module, config.method.name
-    head_modules = [] if objective in _WRITES else head_names(module, base.sites.values())
+    head_modules = [] if objective.writes else head_names(module, base.sites.values())
     heads: dict[str, nn.Parameter] = {}
     if name in VIRTUAL_TOKEN_METHODS:  # of these PEFT trains copies of the heads
         _check_virtual_tokens(config, module, objective)
@@ -215,7 +214,7 @@ def _resolve(
 
 def _check_virtual_tokens(config: ExperimentConfig, module: Any, objective: Objective) -> None:
     method, label = config.method.name.name, model_label(config.model)
-    if objective not in _WRITES:
+    if not objective.writes:
         family = resolve_family(config.model, on_meta=config.dry_run)
         if family not in (None, Family.encoder):
             raise ConfigError(
@@ -232,7 +231,7 @@ def _check_virtual_tokens(config: ExperimentConfig, module: Any, objective: Obje
     if limit is not None and config.method.virtual_tokens + tokens > limit:
         raise ConfigError(
             f"method.virtual_tokens={config.method.virtual_tokens} before {tokens} tokens "
-            f"(task.max_length{', and what is generated' if objective in _WRITES else ''}) exceed "
+            f"(task.max_length{', and what is generated' if objective.writes else ''}) exceed "
             f"the {limit} positions of {label}; lower one of them"
         )
 
@@ -240,7 +239,7 @@ def _check_virtual_tokens(config: ExperimentConfig, module: Any, objective: Obje
 def _longest_text(config: ExperimentConfig, objective: Objective) -> int:
     """Tokens that share the positions with the virtual ones."""
     longest = config.task.max_length
-    if objective not in _WRITES:
+    if not objective.writes:
         return longest
     problem = Problem(objective=objective, num_labels=0, image_shape=None, max_length=longest)
     new = resolve_decoding(config.generation, problem).max_new_tokens

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["leaves_objective_open", "load_task", "metric_name", "resolve_problem"]
 
-WRITING = (Objective.seq2seq, Objective.causal)
-"""Objectives of models that write text."""
+_WRITING = tuple(objective for objective in Objective if objective.writes)
 
 _POSED = {
     Family.encoder: Objective.classification,
@@ -65,11 +64,11 @@ _TASKS: dict[str, _Task] = {
     ),
     "jsonl": _Task(
         load=load_jsonl,
-        objectives=_fixed(Objective.classification, Objective.regression, *WRITING),
+        objectives=_fixed(Objective.classification, Objective.regression, *_WRITING),
         num_labels=count_labels,
     ),
     "mnist": _Task(load=load_image_set, objectives=_fixed(Objective.image)),
-    "synthetic": _Task(load=load_synthetic, objectives=_fixed(Objective.classification, *WRITING)),
+    "synthetic": _Task(load=load_synthetic, objectives=_fixed(Objective.classification, *_WRITING)),
 } | {
     name: _Task(load=load_text_set, objectives=_fixed(*text_set.objectives))
     for name, text_set in TEXT_SETS.items()
@@ -107,7 +106,7 @@ def resolve_problem(task: TaskConfig, family: Family | None) -> Problem:
         )
     return Problem(
         objective=objective,
-        num_labels=0 if objective in WRITING else found.num_labels(task),
+        num_labels=0 if objective.writes else found.num_labels(task),
         image_shape=_image_shape(task) if is_image else None,
         max_length=task.max_length,
     )
@@ -133,7 +132,7 @@ def metric_name(task: TaskConfig, objective: Objective) -> str:
         ConfigError: an unknown task or subset.
     """
     _find(task)
-    if objective in WRITING:
+    if objective.writes:
         return "rouge_l"
     if task.name == "glue":
         return resolve_subset(task).metric
