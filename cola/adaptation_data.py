@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cola.config.choices import Reduction
+from cola.user_rows import UserRows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,7 @@ class AdaptationData:
         hidden_input: x, shape (N, D) or (N, D, height, width), detached.
         hidden_gradient: gradient of the task loss by the adapted hidden representation, shape
             (N, H) or (N, H, height', width'), detached, same dtype and device.
+        rows: whose they are, where users have adapters of their own.
 
     Raises:
         ValueError: rows, rank, dtype, device or detachment do not fit.
@@ -30,6 +32,7 @@ class AdaptationData:
 
     hidden_input: Tensor
     hidden_gradient: Tensor
+    rows: UserRows | None = None
 
     def __post_init__(self) -> None:
         x, g = self.hidden_input, self.hidden_gradient
@@ -56,7 +59,9 @@ class AdaptationData:
         if self.hidden_input.dtype is dtype:
             return self
         return AdaptationData(
-            hidden_input=self.hidden_input.to(dtype), hidden_gradient=self.hidden_gradient.to(dtype)
+            hidden_input=self.hidden_input.to(dtype),
+            hidden_gradient=self.hidden_gradient.to(dtype),
+            rows=self.rows,
         )
 
 

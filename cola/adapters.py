@@ -1,8 +1,8 @@
 """Adapters g_w: low-rank, linear and MLP, for linear and convolutional sites.
 
 All start at g = 0. Each draws its initial parameters from a generator of its own, seeded by (seed,
-site), so they do not depend on the model, the method or the order of construction: LoRA and the
-low-rank adapter of one seed start from the same A.
+site, user), so they do not depend on the model, the method, the other users or the order of
+construction: LoRA and the low-rank adapter of one seed start from the same A.
 """
 
 import copy
@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +20,13 @@ from cola.config.choices import AdapterKind
 from cola.config.schema import AdapterConfig
 from cola.errors import MergeError, SiteError
 from cola.sites import SiteKind, SiteName, SiteSpec
+from cola.user_rows import EVERYONE, UserId
 
 
-def adapter_generator(seed: int, site: SiteName) -> torch.Generator:
-    """Generator of one adapter's initial parameters, a function of (seed, site) alone."""
-    digest = hashlib.sha256(f"{seed}/{site}".encode()).digest()
+def adapter_generator(seed: int, site: SiteName, user: UserId = EVERYONE) -> torch.Generator:
+    """Generator of one adapter's initial parameters, a function of (seed, site, user) alone."""
+    name = f"{seed}/{site}" if user == EVERYONE else f"{seed}/{site}/{user}"
+    digest = hashlib.sha256(name.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
@@ -153,8 +156,10 @@ def _require_same_padding(spec: SiteSpec) -> None:
             )
 
 
-def build_adapter(config: AdapterConfig, spec: SiteSpec, *, seed: int) -> Adapter:
-    """The adapter of one site, on the current default device, in float32.
+def build_adapter(
+    config: AdapterConfig, spec: SiteSpec, *, seed: int, user: UserId = EVERYONE
+) -> Adapter:
+    """The adapter of one site and user, on the current default device, in float32.
 
     New heads always get a linear adapter with bias, because gradient learning has no other
     trainable parameter. On the meta device no values are drawn.
@@ -166,7 +171,7 @@ def build_adapter(config: AdapterConfig, spec: SiteSpec, *, seed: int) -> Adapte
     }
     adapter = builders[AdapterKind.linear if spec.is_head else config.kind]()
     if not next(adapter.parameters()).is_meta:
-        adapter.reset_parameters(adapter_generator(seed, spec.name))
+        adapter.reset_parameters(adapter_generator(seed, spec.name, user))
     return adapter
 
 
@@ -185,7 +190,31 @@ def require_mergeable(adapter: Adapter) -> MergeableAdapter:
     return adapter
 
 
-def skeleton(adapter: Adapter) -> Adapter:
+def describe_adapter(adapter: Adapter) -> dict[str, Any]:
+    """What a reader of the parameters has to know to rebuild the adapter; JSON values."""
+    spec = adapter.spec
+    described: dict[str, Any] = {
+        "kind": type(adapter).__name__.removesuffix("Adapter").lower(),
+        "site_kind": spec.kind.name,
+        "in_features": spec.in_features,
+        "out_features": spec.out_features,
+        "is_head": spec.is_head,
+        "shapes": {name: list(parameter.shape) for name, parameter in adapter.named_parameters()},
+    }
+    if spec.kind is SiteKind.conv2d:
+        described |= {
+            "kernel_size": list(spec.kernel_size),
+            "stride": list(spec.stride),
+            "padding": list(spec.padding),
+            "dilation": list(spec.dilation),
+        }
+    return described
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def skeleton(adapter: M) -> M:
     """The same structure with empty parameters, to install others' parameters into."""
     memo = {id(p): nn.Parameter(torch.empty(0), requires_grad=False) for p in adapter.parameters()}
     return copy.deepcopy(adapter, memo)

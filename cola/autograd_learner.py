@@ -25,6 +25,7 @@ from cola.meters import BusyTimer, add_held, count_bytes
 from cola.objectives import task_loss
 from cola.optimizers import build_optimizer, optimizer_step
 from cola.sites import SiteName
+from cola.user_rows import EVERYONE, UserId, UserRows
 
 
 class AutogradLearner:
@@ -114,15 +115,21 @@ class AutogradLearner:
         self._weights.reset()
 
     @contextmanager
-    def evaluating(self) -> Iterator[nn.Module]:
-        """The model in evaluation mode."""
+    def evaluating(self, merged: bool | None = None) -> Iterator[nn.Module]:
+        """The model in evaluation mode; there is nothing to merge or not."""
         self._model.eval()
         try:
             yield self._model
         finally:
             self._set_training_mode(self._model)
 
-    def export(self) -> Mapping[SiteName, Adapter]:
+    def route(self, rows: UserRows | None) -> None:
+        """All rows are treated alike."""
+
+    def present_users(self) -> None:
+        """No user has adapters."""
+
+    def export(self, user: UserId = EVERYONE) -> Mapping[SiteName, Adapter]:
         """The trained adapters."""
         return self._adapters()
 

@@ -1,7 +1,8 @@
 """The stream of training batches: shuffled once per epoch, and startable at any step.
 
 The order of an epoch is a function of (seed, epoch) and the augmentation of a batch one of (seed,
-step), so the position of a run is one number.
+step), so the position of a run is one number. Where users have adapters of their own, the rows of a
+batch lie user by user; which rows it has does not depend on that.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cola.interfaces import Batch, Split, TaskData, TensorRows
+from cola.user_rows import UserRows
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +39,7 @@ class BatchStream:
         while step <= last_step:
             epoch, offset = divmod(step - 1, self.steps_per_epoch)
             order = self._order(epoch)[offset * self._batch_size :]
-            for batch in _load(self._task.train, self._task, order, self._batch_size):
+            for _, batch in _load(self._task.train, self._task, order, self._batch_size):
                 if step > last_step:
                     return
                 yield step, self._augmented(batch.to(self._device), step)
@@ -58,10 +60,13 @@ class BatchStream:
 
 def evaluation_batches(
     split: Split, task: TaskData, *, batch_size: int, device: torch.device
-) -> Iterator[Batch]:
-    """All rows of a split in order."""
+) -> Iterator[tuple[Tensor, Batch]]:
+    """All rows of a split, batch by batch in order: each with its rows' indices in the split, (B,).
+
+    Inside a batch rows are in order, too, unless users have adapters of their own.
+    """
     order = torch.arange(len(split.rows))
-    return (batch.to(device) for batch in _load(split, task, order, batch_size))
+    return ((indices, batch.to(device)) for indices, batch in _load(split, task, order, batch_size))
 
 
 def place_rows(task: TaskData, device: torch.device) -> TaskData:
@@ -83,13 +88,40 @@ def place_rows(task: TaskData, device: torch.device) -> TaskData:
 
 def _placed(split: Split, device: torch.device) -> Split:
     rows = split.rows
-    return Split(name=split.name, rows=rows.to(device) if isinstance(rows, TensorRows) else rows)
+    if not isinstance(rows, TensorRows):
+        return split
+    return dataclasses.replace(split, rows=rows.to(device))
 
 
-def _load(split: Split, task: TaskData, order: Tensor, batch_size: int) -> Iterator[Batch]:
-    """Batches of the rows in `order`, on the device where the rows lie."""
-    rows = split.rows
-    if isinstance(rows, TensorRows):
-        return map(rows.fetch, torch.split(order.to(rows.device), batch_size))
-    chunks = torch.split(order, batch_size)
-    return (task.collate([rows[i] for i in chunk.tolist()]) for chunk in chunks)
+def _load(
+    split: Split, task: TaskData, order: Tensor, batch_size: int
+) -> Iterator[tuple[Tensor, Batch]]:
+    """Indices (B,) and batches of the rows in `order`, on the device where the rows lie."""
+    if not task.groups_users:
+        yield from _fetch(split, task, order, batch_size)
+        return
+    assert split.owners is not None, "owners are assigned before batches are grouped"
+    order = _grouped(order, split.owners, batch_size)
+    for indices, batch in _fetch(split, task, order, batch_size):
+        rows = UserRows.of(split.owners[indices].tolist())
+        yield indices, dataclasses.replace(batch, rows=rows)
+
+
+def _grouped(order: Tensor, owners: Tensor, batch_size: int) -> Tensor:
+    """Rows (N,) sorted by owner inside each batch; stable, so that a user's rows keep theirs."""
+    owner = owners[order]
+    by_owner = torch.argsort(owner, stable=True)
+    of_batch = torch.argsort(by_owner // batch_size, stable=True)
+    return order[by_owner[of_batch]]
+
+
+def _fetch(
+    split: Split, task: TaskData, order: Tensor, batch_size: int
+) -> Iterator[tuple[Tensor, Batch]]:
+    rows, chunks = split.rows, torch.split(order, batch_size)
+    if isinstance(rows, TensorRows):  # one copy of all indices, for no step may wait for its own
+        moved = torch.split(order.to(rows.device), batch_size)
+        yield from zip(chunks, map(rows.fetch, moved), strict=True)
+        return
+    for chunk in chunks:
+        yield chunk, task.collate([rows[i] for i in chunk.tolist()])

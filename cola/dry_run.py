@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cola.adapters import Adapter, build_adapter
+from cola.adapter_plan import MOMENTS, AdapterPlan, plan_adapters
 from cola.baselines.methods import build_peft_method
 from cola.config.choices import (
     MergeMode,
     MethodName,
     OffloadTarget,
-    OptimizerName,
     Pristine,
 )
 from cola.config.schema import ExperimentConfig
@@ -40,7 +39,8 @@ class DryRun:
     Attributes:
         sites: number of sites, M.
         base_parameters: of the frozen base model.
-        trainable_parameters: of the method.
+        users: K; 1 where one set of adapters is for everyone.
+        trainable_parameters: of the method, of all users together.
         wire_out_bytes: hidden inputs and gradients of one step, dense, each site its own.
         wire_back_bytes: what one adaptation sends back.
         memory_bytes: by device, then by owner.
@@ -48,6 +48,7 @@ class DryRun:
 
     sites: int
     base_parameters: int
+    users: int
     trainable_parameters: int
     wire_out_bytes: int
     wire_back_bytes: int
@@ -65,6 +66,7 @@ def print_dry_run(config: ExperimentConfig) -> None:
         ["task", "/".join(filter(None, [config.task.name, config.task.subset]))],
         ["sites (M)", f"{dry.sites:,}"],
         ["base parameters", f"{dry.base_parameters:,}"],
+        ["users with adapters (K)", f"{dry.users:,}"],
         ["trainable parameters", f"{dry.trainable_parameters:,}"],
         [f"wire, base to offload, MiB per step ({size})", f"{dry.wire_out_bytes / MIB:,.2f}"],
         ["wire, offload to base, MiB per adaptation", f"{dry.wire_back_bytes / MIB:,.2f}"],
@@ -90,26 +92,22 @@ def estimate(config: ExperimentConfig) -> DryRun:
     check_sites(config, base)
     if config.method.name not in (MethodName.cola, MethodName.ft, MethodName.lora):
         return _estimate_peft(config, problem, base)
-    with torch.device("meta"):
-        adapters = {
-            name: build_adapter(config.adapter, spec, seed=config.seed)
-            for name, spec in base.sites.items()
-        }
-    num_adapter = sum(p.numel() for a in adapters.values() for p in a.parameters())
+    plan = plan_adapters(config, base.sites)
     trains_all = config.method.name is MethodName.ft
-    traffic, kept = _trace(config, problem, base, adapters)
+    traffic, kept = _trace(config, problem, base, plan)
     offloads = (
         config.method.name is MethodName.cola and config.offload.name is not OffloadTarget.none
     )
     is_merged = config.merge.mode is MergeMode.merged
-    back = _merged_bytes(base) if is_merged else _bank_bytes(base, num_adapter)
+    back = _merged_bytes(base) if is_merged else _bank_bytes(base, plan)
     return DryRun(
         sites=len(base.sites),
         base_parameters=base.num_parameters,
-        trainable_parameters=base.num_parameters if trains_all else num_adapter,
+        users=plan.num_users,
+        trainable_parameters=base.num_parameters if trains_all else plan.num_trained,
         wire_out_bytes=traffic if offloads else 0,
         wire_back_bytes=back if offloads else 0,
-        memory_bytes=_memory(config, base, num_adapter, traffic, kept),
+        memory_bytes=_memory(config, base, plan, traffic, kept),
     )
 
 
@@ -125,10 +123,11 @@ def _estimate_peft(config: ExperimentConfig, problem: Problem, base: BaseModel) 
     kept = kept_bytes(config, problem, model, held=list(model.parameters()))
     memory = _base_memory(config, weights, kept)
     memory["base"]["adapters"] = num_trained * FLOAT32_BYTES
-    _add_training(config, memory["base"], num_trained)
+    _add_training(memory["base"], num_trained, MOMENTS[config.optimizer.name] * num_trained)
     return DryRun(
         sites=len(base.sites),
         base_parameters=base_parameters,
+        users=1,
         trainable_parameters=num_trained,
         wire_out_bytes=0,
         wire_back_bytes=0,
@@ -137,10 +136,7 @@ def _estimate_peft(config: ExperimentConfig, problem: Problem, base: BaseModel) 
 
 
 def _trace(
-    config: ExperimentConfig,
-    problem: Problem,
-    base: BaseModel,
-    adapters: Mapping[SiteName, Adapter],
+    config: ExperimentConfig, problem: Problem, base: BaseModel, plan: AdapterPlan
 ) -> tuple[int, int]:
     """Runs one training batch forward on the meta device.
 
@@ -162,40 +158,40 @@ def _trace(
             kept.append(args[0])  # until its gradient arrives
         if method is MethodName.cola and config.merge.mode is not MergeMode.unmerged:
             return hidden + anchor
-        adapter = adapters[site].to(hidden.dtype).requires_grad_(method is MethodName.lora)
-        return torch.add(hidden, adapter(args[0])) + anchor
+        return torch.add(hidden, plan.output(site, args[0])) + anchor
 
     sites = () if method is MethodName.ft else base.sites
     for site in sites:
         model.get_submodule(site).register_forward_hook(partial(adapt, site))
-    weights = [*model.parameters(), *(p for a in adapters.values() for p in a.parameters())]
+    for parameter in plan.parameters():
+        parameter.requires_grad_(method is MethodName.lora)
+    weights = [*model.parameters(), *plan.parameters()]
     # The adapters' calls fill `kept` and `traffic`.
     saved = kept_bytes(config, problem, model, held=weights, also=kept)
     return sum(traffic), saved
 
 
 def _memory(
-    config: ExperimentConfig, base: BaseModel, num_adapter: int, traffic: int, kept: int
+    config: ExperimentConfig, base: BaseModel, plan: AdapterPlan, traffic: int, kept: int
 ) -> dict[str, dict[str, int]]:
     """Bytes by device and owner. Adapters and optimizers are float32, the base its own dtype."""
     memory = _base_memory(config, _weight_bytes(base), kept)
-    num_trained = num_adapter
     owner = memory["base"]
     if config.method.name is MethodName.ft:
-        num_trained = base.num_parameters
-    elif config.method.name is MethodName.lora:
-        owner["adapters"] = num_adapter * FLOAT32_BYTES
-    else:
+        num_moments = MOMENTS[config.optimizer.name] * base.num_parameters
+        _add_training(owner, base.num_parameters, num_moments)
+        return memory
+    if config.method.name is MethodName.cola:
         merged = config.merge.mode is MergeMode.merged
         if config.offload.name is not OffloadTarget.none:
             owner = memory["host"] = {"adaptation data in flight, at most": 2 * traffic}
             if not merged:
-                memory["base"]["adapters"] = _bank_bytes(base, num_adapter)
-        owner["adapters"] = num_adapter * FLOAT32_BYTES
+                memory["base"]["adapters"] = _bank_bytes(base, plan)
         if merged:
             keeper = "base" if config.merge.pristine is Pristine.base else "host"
             memory.setdefault(keeper, {})["pristine weights"] = _merged_bytes(base)
-    _add_training(config, owner, num_trained)
+    owner["adapters"] = plan.num_stacked * FLOAT32_BYTES
+    _add_training(owner, plan.num_fitted, plan.num_moments)
     return memory
 
 
@@ -206,18 +202,17 @@ def _base_memory(config: ExperimentConfig, weights: int, kept: int) -> dict[str,
     return memory
 
 
-def _add_training(config: ExperimentConfig, owner: dict[str, int], num_trained: int) -> None:
-    moments = 2 if config.optimizer.name is OptimizerName.adamw else 1
+def _add_training(owner: dict[str, int], num_trained: int, num_moments: int) -> None:
     owner["gradients"] = num_trained * FLOAT32_BYTES
-    owner["optimizer"] = moments * num_trained * FLOAT32_BYTES
+    owner["optimizer"] = num_moments * FLOAT32_BYTES
 
 
 def _weight_bytes(base: BaseModel) -> int:
     return count_bytes([*base.module.parameters(), *base.module.buffers()])
 
 
-def _bank_bytes(base: BaseModel, num_adapter: int) -> int:
-    return num_adapter * next(base.module.parameters()).element_size()
+def _bank_bytes(base: BaseModel, plan: AdapterPlan) -> int:
+    return plan.num_stacked * next(base.module.parameters()).element_size()
 
 
 def _merged_bytes(base: BaseModel) -> int:

@@ -4,6 +4,7 @@ The model, the task and the learner are built as the run builds them, and its st
 run may be going on: its folder is only read, and gets a file in `evaluations/`.
 """
 
+import dataclasses
 import json
 import logging
 import secrets
@@ -14,18 +15,19 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from cola.checkpoint import NEW_PARAMETERS, peek_state, restore_parameters
-from cola.config.choices import EvaluationMerge, MethodName, Objective
+from cola.config.choices import EvaluationMerge, Objective
 from cola.config.evaluation import EvaluationRequest
-from cola.config.schema import ExperimentConfig
+from cola.config.keys import nearest_words
+from cola.config.user_settings import list_names
 from cola.errors import ConfigError
 from cola.evaluation import Evaluation, evaluate
 from cola.experiment import build_base_and_task, build_run_learner
 from cola.generation import generate_texts
-from cola.interfaces import Example, Split, TaskData
+from cola.interfaces import Example, Learner, Split, TaskData
 from cola.report.text import format_table, print_text
+from cola.run_report import MERGE_WORDS, evaluates_merged
 from cola.runtime import resolve_device
 from cola.tasks.encoding import IGNORED
 from cola.tasks.tokenizing import end_of, tokenize, tokenize_prompts
@@ -43,7 +45,8 @@ def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
         What was written.
 
     Raises:
-        ConfigError: the run has no checkpoint yet, or its model writes no text to answer with.
+        ConfigError: the run has no checkpoint yet, its model writes no text to answer with, or it
+            is not said which user's adapters answer.
         ColaError: the model or the data cannot be had.
     """
     config = request.config
@@ -54,15 +57,16 @@ def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
             f"prompt={request.prompt}: the model of this run answers with a class or a value, not "
             "with text; leave prompt out to score a split"
         )
+    owner = None if request.prompt is None else _owner(request, task)
     if (drawn := request.run_dir / NEW_PARAMETERS).exists():
         restore_parameters(base.module, load_file(drawn))
     learner = build_run_learner(config, base, task)
     try:
         learner.load_state_dict(state["learner"])
-        with learner.evaluating() as model:
-            answer = _score(request, model, task) if request.prompt is None else (
-                _write(request.prompt, config, model, task)
-            )  # fmt: skip
+        if request.prompt is None:
+            answer = _score(request, learner, task)
+        else:
+            answer = _write(request, learner, task, owner)
     finally:
         learner.close()
     step = state["step"] if "step" in state else state["progression"]["step"]
@@ -70,7 +74,6 @@ def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
         "run": request.run_dir.name,
         "checkpoint": "newest" if request.newest else "best",
         "step": step,
-        "merge": _merge_word(config),
         **answer,
     }
     path = _save(request.run_dir, result)
@@ -91,37 +94,96 @@ def _load_state(request: EvaluationRequest) -> dict[str, Any]:
     return state
 
 
-def _score(request: EvaluationRequest, model: nn.Module, task: TaskData) -> dict[str, Any]:
+def _score(request: EvaluationRequest, learner: Learner, task: TaskData) -> dict[str, Any]:
+    """Splits as the run scores them; with `evaluation.merge=both` the other way, too."""
     config = request.config
-    found = {
-        split.name: evaluate(
-            model,
-            split,
-            task,
-            config=config.evaluation,
-            generation=config.generation,
-            device=resolve_device(config.device),
-        )
-        for split in _splits(request.split, task)
-    }
+    merged = evaluates_merged(config)
+    found = _look(request, learner, task, None)
+    answer: dict[str, Any] = {"merge": MERGE_WORDS[merged], "splits": _described(found)}
+    if config.evaluation.merge is EvaluationMerge.both and merged is not None:
+        print_text(f"{MERGE_WORDS[merged]}:\n")
+        _print(found)
+        found = _look(request, learner, task, not merged)
+        answer["unmerged" if merged else "merged"] = _described(found)
+        print_text(f"\n{MERGE_WORDS[not merged]}:\n")
+    _print(found)
+    return answer
+
+
+def _described(found: dict[str, Evaluation]) -> dict[str, Any]:
+    return {name: vars(evaluation) for name, evaluation in found.items()}
+
+
+def _print(found: dict[str, Evaluation]) -> None:
     print_text(_table(found))
     for evaluation in found.values():
         _show(evaluation.samples[:SHOWN_SAMPLES])
-    return {"splits": {name: vars(evaluation) for name, evaluation in found.items()}}
+
+
+def _look(
+    request: EvaluationRequest, learner: Learner, task: TaskData, merged: bool | None
+) -> dict[str, Evaluation]:
+    """What the asked splits' rows get, adapters being inside the weights or beside them."""
+    config = request.config
+    with learner.evaluating(merged) as model:
+        return {
+            split.name: evaluate(
+                model,
+                split,
+                task,
+                config=config.evaluation,
+                generation=config.generation,
+                device=resolve_device(config.device),
+                route=learner.route,
+                present=learner.present_users(),
+            )
+            for split in _splits(request.split, task)
+        }
 
 
 def _write(
-    prompt: str, config: ExperimentConfig, model: nn.Module, task: TaskData
+    request: EvaluationRequest, learner: Learner, task: TaskData, owner: int | None
 ) -> dict[str, Any]:
-    row = {"prompt_ids": torch.tensor(_prompt_ids(prompt, task))}
-    device = resolve_device(config.device)
-    generated = generate_texts(model, [row], task, config.generation, device)
+    config = request.config
+    assert request.prompt is not None
+    row = {"prompt_ids": torch.tensor(_prompt_ids(request.prompt, task))}
+    with learner.evaluating() as model:
+        generated = generate_texts(
+            model,
+            [row],
+            task,
+            config.generation,
+            resolve_device(config.device),
+            owners=None if owner is None else [owner],
+            route=learner.route,
+        )
     print_text(generated.texts[0])
     return {
-        "prompt": prompt,
+        "merge": MERGE_WORDS[evaluates_merged(config)],
+        "prompt": request.prompt,
+        "user": request.user,
         "text": generated.texts[0],
         "tokens_per_second": generated.tokens_per_second,
     }
+
+
+def _owner(request: EvaluationRequest, task: TaskData) -> int | None:
+    """Position of the user whose adapters answer; None where all rows meet the same ones."""
+    if not task.groups_users or evaluates_merged(request.config):
+        if request.user is not None:
+            raise ConfigError(
+                f"user={request.user}: adapters are merged, so that everybody gets one answer; "
+                "leave user out, or set evaluation.merge=unmerged"
+            )
+        return None
+    if request.user in task.users:
+        return task.users.index(request.user)
+    problem = (
+        "prompt: adapters are each user's own, and it is not said whose answer; add"
+        if request.user is None
+        else f"user={request.user}: no such user; {nearest_words(request.user, task.users)}write"
+    )
+    raise ConfigError(f"{problem} user=NAME, of {list_names(task.users)}")
 
 
 def _prompt_ids(prompt: str, task: TaskData) -> Sequence[int]:
@@ -145,7 +207,8 @@ def _splits(name: str, task: TaskData) -> list[Split]:
         return [task.selection]
     if not task.problem.objective.writes:
         return [task.train]
-    return [Split(name=task.train.name, rows=[_with_prompt(row, task) for row in task.train.rows])]
+    rows = [_with_prompt(row, task) for row in task.train.rows]
+    return [dataclasses.replace(task.train, rows=rows)]
 
 
 def _with_prompt(row: Example, task: TaskData) -> Example:
@@ -156,13 +219,6 @@ def _with_prompt(row: Example, task: TaskData) -> Example:
     prompt = row["input_ids"][labels == IGNORED] if is_causal else row["input_ids"]
     text: Any = task.tokenizer.decode(labels[labels != IGNORED], skip_special_tokens=True)
     return {**row, "prompt_ids": prompt, "reference": str(text).strip()}
-
-
-def _merge_word(config: ExperimentConfig) -> str | None:
-    if config.method.name is not MethodName.cola:
-        return None
-    chosen = config.evaluation.merge
-    return config.merge.mode.name if chosen is EvaluationMerge.auto else chosen.name
 
 
 def _table(found: dict[str, Evaluation]) -> str:

@@ -5,7 +5,7 @@ generate, and their loss is that of the reference text (teacher forcing).
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +14,22 @@ from torch import Tensor, nn
 
 from cola.batches import evaluation_batches
 from cola.config.schema import EvaluationConfig, GenerationConfig
+from cola.config.user_settings import list_names
+from cola.errors import DataError
 from cola.generation import generate_texts
 from cola.interfaces import Example, Split, TaskData, Values
 from cola.objectives import predict, task_loss
+from cola.row_views import pick_rows
+from cola.user_rows import UserRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Sample = dict[str, str]
 """One prediction to be read: `input` (text tasks), `prediction`, `reference`, `user` if any."""
+
+Route = Callable[[UserRows | None], None]
+"""Tells a learner whose rows the next forward passes have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +41,7 @@ class Evaluation:
             terms of the split.
         tokens_per_second: new tokens where the model writes, tokens read where it classifies;
             None for images.
-        by_user: metrics of the rows of every user, in order of appearance; empty without users.
+        by_user: metrics of every user with rows, in the run's order; empty without users.
         samples: of the first rows.
     """
 
@@ -42,6 +49,15 @@ class Evaluation:
     tokens_per_second: float | None = None
     by_user: dict[str, dict[str, float]] = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """All numbers as they are logged."""
+        found = {f"{prefix}/{name}": value for name, value in self.scores.items()}
+        if self.tokens_per_second is not None:
+            found[f"{prefix}/tokens_per_second"] = self.tokens_per_second
+        for user, scores in self.by_user.items():
+            found |= {f"{prefix}/user/{user}/{name}": value for name, value in scores.items()}
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +78,8 @@ def evaluate(
     config: EvaluationConfig,
     generation: GenerationConfig,
     device: torch.device,
+    route: Route,
+    present: frozenset[int] | None,
 ) -> Evaluation:
     """Scores a model in evaluation mode.
 
@@ -72,10 +90,19 @@ def evaluate(
         config: batch size and number of samples.
         generation: how models that write decode.
         device: the model's.
+        route: of the learner.
+        present: positions of users that take part: others have no say. None: all rows count.
+
+    Raises:
+        DataError: no row of the split is of a user that takes part.
     """
-    loss, answers = _read(model, split, task, config.batch_size, device)
-    if answers is None:
-        answers = _write(model, split, task, generation, device)
+    split = split if present is None else _of_present(split, task, present)
+    try:
+        loss, answers = _read(model, split, task, config.batch_size, device, route)
+        if answers is None:
+            answers = _write(model, split, task, generation, device, route)
+    finally:
+        route(None)
     scores = task.score(predictions=answers.predictions, references=answers.references)
     return Evaluation(
         scores={**scores, "loss": loss},
@@ -85,16 +112,38 @@ def evaluate(
     )
 
 
+def _of_present(split: Split, task: TaskData, present: frozenset[int]) -> Split:
+    """The split without rows of users that take no part."""
+    assert split.owners is not None, "users that take part have rows"
+    takes_part = torch.tensor([user in present for user in range(len(task.users))])
+    kept = takes_part[split.owners].nonzero().flatten()
+    if len(kept) == len(split.owners):
+        return split
+    if not len(kept):
+        absent = [name for user, name in enumerate(task.users) if user not in present]
+        raise DataError(
+            f"{task.name} ({split.name}): no row is of a user that takes part now, for all are of "
+            f"users that do not: {list_names(absent)}; change users.schedule, or trainer.eval_every"
+        )
+    return pick_rows(split, kept)
+
+
 def _read(
-    model: nn.Module, split: Split, task: TaskData, batch_size: int, device: torch.device
+    model: nn.Module,
+    split: Split,
+    task: TaskData,
+    batch_size: int,
+    device: torch.device,
+    route: Route,
 ) -> tuple[float, _Answers | None]:
     """Mean loss of a split, and what the logits answer where the model classifies."""
     objective = task.problem.objective
-    predictions, references = [], []
+    predictions, references, places = [], [], []
     loss = torch.zeros((), device=device, dtype=torch.float64)
     num_terms = 0
     start = time.perf_counter()
-    for batch in evaluation_batches(split, task, batch_size=batch_size, device=device):
+    for indices, batch in evaluation_batches(split, task, batch_size=batch_size, device=device):
+        route(batch.rows)
         logits = model(**batch.inputs).logits
         loss += task_loss(objective, logits, batch) * batch.num_terms
         num_terms += batch.num_terms
@@ -102,13 +151,15 @@ def _read(
             predicted, wanted = predict(objective, logits.float(), batch)
             predictions.append(predicted)
             references.append(wanted)
+            places.append(indices)
     mean = (loss / max(num_terms, 1)).item()  # waits for the device
     if objective.writes:
         return mean, None
     seconds = time.perf_counter() - start
+    order = torch.argsort(torch.cat(places))  # batches may have their rows user by user
     return mean, _Answers(
-        predictions=torch.cat(predictions).cpu(),
-        references=torch.cat(references).cpu(),
+        predictions=torch.cat(predictions).cpu()[order],
+        references=torch.cat(references).cpu()[order],
         tokens_per_second=_num_tokens(split) / seconds if task.tokenizer else None,
     )
 
@@ -119,8 +170,12 @@ def _write(
     task: TaskData,
     generation: GenerationConfig,
     device: torch.device,
+    route: Route,
 ) -> _Answers:
-    generated = generate_texts(model, split.rows, task, generation, device)
+    owners = split.owners.tolist() if task.groups_users and split.owners is not None else None
+    generated = generate_texts(
+        model, split.rows, task, generation, device, owners=owners, route=route
+    )
     return _Answers(
         predictions=generated.texts,
         references=[row["reference"] for row in split.rows],
@@ -133,22 +188,21 @@ def _num_tokens(split: Split) -> int:
 
 
 def _by_user(split: Split, task: TaskData, answers: _Answers) -> dict[str, dict[str, float]]:
-    if task.tokenizer is None:  # rows of images are drawn when they are looked at; none has a user
+    if split.owners is None:
         return {}
-    places: dict[str, list[int]] = {}
-    for index, row in enumerate(split.rows):
-        if "user" in row:
-            places.setdefault(row["user"], []).append(index)
+    counts = torch.bincount(split.owners, minlength=len(task.users)).tolist()
+    own_rows = torch.split(torch.argsort(split.owners, stable=True), counts)
     return {
         user: task.score(
             predictions=_take(answers.predictions, own), references=_take(answers.references, own)
         )
-        for user, own in places.items()
+        for user, own in zip(task.users, own_rows, strict=True)
+        if len(own)
     }
 
 
-def _take(values: Values, indices: list[int]) -> Values:
-    return values[indices] if isinstance(values, Tensor) else [values[i] for i in indices]
+def _take(values: Values, indices: Tensor) -> Values:
+    return values[indices] if isinstance(values, Tensor) else [values[i] for i in indices.tolist()]
 
 
 def _samples(split: Split, task: TaskData, answers: _Answers, num: int) -> list[Sample]:
@@ -159,9 +213,9 @@ def _samples(split: Split, task: TaskData, answers: _Answers, num: int) -> list[
             "reference": _as_text(answers.references[index], task.label_names),
         }
         if task.tokenizer is not None:
-            row = split.rows[index]
-            sample = {"input": _input_text(row, task.tokenizer), **sample}
-            sample |= {"user": row["user"]} if "user" in row else {}
+            sample = {"input": _input_text(split.rows[index], task.tokenizer), **sample}
+        if split.owners is not None:
+            sample["user"] = task.users[int(split.owners[index])]
         samples.append(sample)
     return samples
 

@@ -2,14 +2,17 @@
 
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cola.attendance import UserState
 from cola.batches import BatchStream, place_rows
 from cola.checkpoint import NEW_PARAMETERS, Checkpoints, keep_new_parameters
-from cola.config.choices import AdapterKind, EvaluationMerge, MergeMode, MethodName
+from cola.config.choices import MergeMode, MethodName
 from cola.config.identity import CONFIG_FILE, config_values, save_config
 from cola.config.schema import ExperimentConfig
+from cola.config.user_settings import lowrank_sizes
 from cola.errors import SiteError
 from cola.export import head_weights
 from cola.generation import check_positions
@@ -33,6 +36,9 @@ from cola.summary import write_summary
 from cola.tasks import leaves_objective_open, load_task, metric_name, resolve_problem
 from cola.tracking import build_tracker, read_metrics
 from cola.trainer import Trainer
+from cola.user_rows import UserId
+from cola.user_visits import keep_in
+from cola.users import assign_users
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +63,8 @@ def run_experiment(config: ExperimentConfig, run_dir: Path) -> dict[str, Any]:
         save_config(config, run_dir / CONFIG_FILE)
     keep_new_parameters(base.module, base.new_parameters, run_dir / NEW_PARAMETERS)
     heads = head_weights(base.module, base.sites.values())
-    learner = build_run_learner(config, base, task)
+    local_dir = Path(config.users.local_dir or run_dir / "local")
+    learner = build_run_learner(config, base, task, keep_user=keep_in(run_dir), local_dir=local_dir)
     parts = RunParts(
         config=config, run_dir=run_dir, base=base, heads=heads, task=task, learner=learner
     )
@@ -82,15 +89,35 @@ def build_base_and_task(config: ExperimentConfig) -> tuple[BaseModel, TaskData]:
     check_sites(config, base)
     if problem.objective.writes:
         check_positions(base.module, config.generation, problem)
-    return base, place_rows(build_task(config, problem, base), device)
+    task = assign_users(build_task(config, problem, base), config)
+    return base, place_rows(task, device)
 
 
-def build_run_learner(config: ExperimentConfig, base: BaseModel, task: TaskData) -> Learner:
-    """The method's learner on the device of the run; takes the base model over."""
+def build_run_learner(
+    config: ExperimentConfig,
+    base: BaseModel,
+    task: TaskData,
+    *,
+    keep_user: Callable[[UserId, UserState], None] = lambda user, state: None,
+    local_dir: Path | None = None,
+) -> Learner:
+    """The method's learner on the device of the run; takes the base model over.
+
+    `keep_user` takes what a user leaves the run with; `local_dir` is where data is exchanged with
+    users' own processes, without which they are not trained.
+    """
     base.module.to(resolve_device(config.device))
     steps_per_epoch = math.ceil(len(task.train.rows) / config.trainer.batch_size)
     adaptations = Horizon.of(config.trainer, steps_per_epoch).adaptations
-    return build_learner(config, base, task.problem.objective, adaptations=adaptations)
+    return build_learner(
+        config,
+        base,
+        task.problem.objective,
+        adaptations=adaptations,
+        users=task.user_settings,
+        keep_user=keep_user,
+        local_dir=local_dir,
+    )
 
 
 def build_problem(config: ExperimentConfig) -> Problem:
@@ -112,11 +139,12 @@ def check_sites(config: ExperimentConfig, base: BaseModel) -> None:
         SiteError: a rank above a layer's size; a merge into a weight that others use, too.
     """
     gradient = config.method.name is MethodName.cola
-    trains_lowrank = gradient and config.adapter.kind is AdapterKind.lowrank
-    if trains_lowrank or config.method.name is MethodName.lora:
+    if gradient:
+        for setting, rank in lowrank_sizes(config).items():
+            check_rank(base.sites, rank, setting=setting)
+    if config.method.name is MethodName.lora:
         check_rank(base.sites, config.adapter.rank)
-    trains_merged = config.merge.mode is MergeMode.merged
-    merges = trains_merged or config.evaluation.merge is EvaluationMerge.merged
+    merges = config.merge.mode is MergeMode.merged or config.evaluation.merge.merges
     shared = shared_parameter_sites(base.module, base.sites)
     if gradient and merges and shared:
         raise SiteError(
@@ -140,6 +168,8 @@ def build_task(config: ExperimentConfig, problem: Problem, base: BaseModel) -> T
         data_dir=config.data_dir,
         split_seed=config.split_seed,
         decoder_start_id=base.decoder_start_id,
+        user_column=config.users.column,
+        isolates_users=config.users.name.owns_adapters,
     )
 
 

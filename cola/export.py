@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cola.adapters import Adapter, LowRankAdapter, require_mergeable
+from cola.adapters import Adapter, LowRankAdapter, describe_adapter, require_mergeable
 from cola.config.choices import Objective
 from cola.sites import SiteKind, SiteName, SiteSpec, to_base_layout
 
@@ -68,7 +68,7 @@ def export_adapters(
         "format_version": FORMAT_VERSION,
         "base_model": base,
         "scale": scale,
-        "adapters": {site: _describe(adapter) for site, adapter in adapters.items()},
+        "adapters": {site: describe_adapter(adapter) for site, adapter in adapters.items()},
     }
     _write_json(folder / DESCRIPTION, described)
 
@@ -165,26 +165,6 @@ def _with_delta(
         "bias": adapter.delta_bias(),
     }[leaf]
     return value if delta is None else value + scale * delta.to(value)
-
-
-def _describe(adapter: Adapter) -> dict[str, Any]:
-    spec = adapter.spec
-    described: dict[str, Any] = {
-        "kind": type(adapter).__name__.removesuffix("Adapter").lower(),
-        "site_kind": spec.kind.name,
-        "in_features": spec.in_features,
-        "out_features": spec.out_features,
-        "is_head": spec.is_head,
-        "shapes": {name: list(parameter.shape) for name, parameter in adapter.named_parameters()},
-    }
-    if spec.kind is SiteKind.conv2d:
-        described |= {
-            "kernel_size": list(spec.kernel_size),
-            "stride": list(spec.stride),
-            "padding": list(spec.padding),
-            "dilation": list(spec.dilation),
-        }
-    return described
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

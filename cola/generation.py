@@ -6,7 +6,7 @@ encoder-decoders; greedy without repeated 2-grams, 40 tokens, for decoders.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,12 +18,16 @@ from cola.config.choices import Objective
 from cola.config.schema import GenerationConfig
 from cola.errors import ConfigError
 from cola.interfaces import Example, Problem, TaskData
+from cola.user_rows import UserRows
 
 if TYPE_CHECKING:
     import transformers
 
 MAX_NEW_TOKENS = 40
 """New tokens of a decoder; an encoder-decoder writes at most `task.max_length`."""
+
+_Key = tuple[int, tuple[int, ...]]
+"""A user's position, or 0, and the tokens of a prompt: what is answered once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +104,11 @@ def generate_texts(
     task: TaskData,
     config: GenerationConfig,
     device: torch.device,
+    *,
+    owners: Sequence[int] | None = None,
+    route: Callable[[UserRows | None], None] = lambda rows: None,
 ) -> Generated:
-    """Writes an answer to the prompt of every row; equal prompts are answered once.
+    """Writes an answer to the prompt of every row; a user's equal prompts are answered once.
 
     Args:
         model: in evaluation mode, adapted.
@@ -109,20 +116,26 @@ def generate_texts(
         task: of a writing objective; pads prompts and turns tokens back into text.
         config: null settings are the paper's.
         device: the model's.
+        owners: position of each row's user, where users have adapters of their own.
+        route: told whose prompts come next; beams of a prompt lie side by side, in its place.
     """
     assert task.collate_prompts is not None
     assert task.tokenizer is not None
     decoding = resolve_decoding(config, task.problem)
-    keys = [tuple(row["prompt_ids"].tolist()) for row in rows]
+    prompts = [tuple(row["prompt_ids"].tolist()) for row in rows]
+    keys = list(zip(owners or [0] * len(prompts), prompts, strict=True))
     distinct = dict(zip(keys, rows, strict=True))
     # Prompts of like length share a batch; the longest first, where memory would run out.
-    order = sorted(distinct, key=len, reverse=True)
+    order = sorted(distinct, key=lambda key: len(key[1]), reverse=True)
     settings = _settings(model, task, decoding)
-    texts: dict[tuple[int, ...], str] = {}
+    texts: dict[_Key, str] = {}
     num_tokens = 0
     start = time.perf_counter()
     with _only(model, settings):
         for chunk in _chunks(order, decoding.batch_size):
+            if owners is not None:
+                chunk.sort(key=lambda key: key[0])
+                route(UserRows.of([owner for owner, _ in chunk]))
             inputs = task.collate_prompts([distinct[key] for key in chunk])
             answers = _search(model, inputs, settings, task.problem.objective, device)
             num_tokens += sum(_length(answer, settings.eos_token_id) for answer in answers)
@@ -199,5 +212,5 @@ def _length(answer: list[int], end: int) -> int:
     return answer.index(end) + 1 if end in answer else len(answer)
 
 
-def _chunks(keys: list[tuple[int, ...]], size: int) -> Iterator[list[tuple[int, ...]]]:
+def _chunks(keys: list[_Key], size: int) -> Iterator[list[_Key]]:
     return (keys[start : start + size] for start in range(0, len(keys), size))

@@ -5,24 +5,26 @@ adapter needs leaves through the taps while the backward pass is still running, 
 by site when the next forward pass reaches the site.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cola.adaptation_data import IntervalWeights
 from cola.adapters import Adapter
-from cola.config.choices import Objective, Reduction
+from cola.attendance import Attendance
 from cola.interfaces import Adaptation, Batch, Measurements, Placement
+from cola.interval_loss import IntervalLoss
 from cola.merging import Merger
 from cola.meters import BusyTimer, add_held, count_bytes
-from cola.objectives import task_loss
 from cola.offload.fitter import Fit
 from cola.offload.fleet import Fleet
+from cola.roster import Roster
 from cola.sites import SiteName
 from cola.taps import Taps
+from cola.user_adapters import SiteAdapter, UserAdapters, num_parameters
+from cola.user_rows import EVERYONE, UserId, UserRows
 
 
 class GradientLearner:
@@ -32,21 +34,37 @@ class GradientLearner:
         self,
         base_model: nn.Module,
         *,
-        objective: Objective,
+        loss: IntervalLoss,
         taps: Taps,
         fleet: Fleet,
         placement: Placement,
-        evaluation_placement: Placement | None,
-        reduction: Reduction,
+        other_placement: Callable[[], Placement],
+        evaluates_elsewhere: bool,
+        attendance: Attendance | None = None,
     ) -> None:
-        """`evaluation_placement` is None where evaluation places adapters as training does."""
+        """Takes over the parts.
+
+        Args:
+            base_model: frozen, with the taps on it.
+            loss: of a batch.
+            taps: between the base model and the fleet.
+            fleet: owns the adapters.
+            placement: of adapters while training.
+            other_placement: makes the other one: inside the weights if training has them beside.
+            evaluates_elsewhere: evaluation uses the other one unless it is asked otherwise.
+            attendance: of users who have adapters of their own.
+        """
         self._base_model = base_model
-        self._objective = objective
+        self._loss = loss
         self._taps = taps
         self._fleet = fleet
         self._placement = placement
-        self._evaluation_placement = evaluation_placement
-        self._weights = IntervalWeights(reduction)
+        self._make_other = other_placement
+        self._other: Placement | None = None
+        self._evaluates_elsewhere = evaluates_elsewhere
+        self._attendance = attendance
+        self._roster: Roster | None = None if attendance is None else attendance.roster
+        self._step = 0
         self._version = 0
         self._device = next(base_model.parameters()).device
         self._timer = BusyTimer(self._device)
@@ -56,61 +74,86 @@ class GradientLearner:
     def num_trainable(self) -> int:
         """Trainable parameters: all adapters together."""
         with self._fleet.drained() as adapters:
-            return sum(p.numel() for adapter in adapters.values() for p in adapter.parameters())
+            return sum(num_parameters(adapter) for adapter in adapters.values())
 
     def record(self, batch: Batch, closing: Adaptation | None) -> Tensor:
         """Lines 3 to 9; with `closing`, fits of lines 10 to 16 start as their data arrives."""
-        weight = self._weights.add(batch.num_terms)
+        self._step += 1
+        batch = self._admit(batch)
+        self._loss.add(batch)
         self._fleet.begin_step(self._fit(closing) if closing else None)
-        with self._timer.measure(), self._taps.recording(self._version) as begin_backward:
+        if not len(batch.labels):  # nobody with a row takes part
+            return torch.zeros((), device=self._device)
+        self.route(batch.rows)
+        with self._timer.measure(), self._taps.recording(self._version, batch.rows) as backward:
             logits = self._base_model(**batch.inputs).logits
-            loss = task_loss(self._objective, logits, batch)
-            begin_backward()
-            (loss * weight).backward()  # type: ignore[no-untyped-call]
-        return loss.detach()
+            weighted, loss = self._loss(logits, batch)
+            backward()
+            weighted.backward()  # type: ignore[no-untyped-call]
+        self.route(None)
+        return loss
 
     def update(self, adaptation: Adaptation) -> None:
         """Starts the fits that had to wait for the whole backward pass; does not wait for any."""
         self._fleet.finish()
-        self._weights.reset()
+        self._loss.reset()
         self._version = adaptation.number
 
     @contextmanager
-    def evaluating(self) -> Iterator[nn.Module]:
-        """The adapted model with the newest parameters, merged or not as configured."""
+    def evaluating(self, merged: bool | None = None) -> Iterator[nn.Module]:
+        """The adapted model with the newest parameters, merged or not as asked or configured."""
+        elsewhere = self._evaluates_elsewhere
+        if merged is not None:
+            elsewhere = merged is not isinstance(self._placement, Merger)
         with self._fleet.drained() as adapters:
+            self._settle_users()
             self._taps.install_all(self._version)
             self._base_model.eval()
             try:
-                if self._evaluation_placement is None:
+                if not elsewhere:
                     yield self._base_model
-                else:
-                    with self._taps.placed(self._evaluation_placement):
-                        for site, adapter in adapters.items():
-                            published = self._evaluation_placement.publish(adapter)
-                            self._evaluation_placement.install(site, published)
-                        yield self._base_model
+                    return
+                other = self._other = self._other or self._make_other()
+                with self._taps.placed(other):
+                    for site, adapter in adapters.items():
+                        other.install(site, other.publish(adapter))
+                    yield self._base_model
             finally:
+                self.route(None)
                 set_training_mode(self._base_model)
 
-    def export(self) -> Mapping[SiteName, Adapter]:
-        """The adapters, with nothing under way."""
+    def route(self, rows: UserRows | None) -> None:
+        """Says whose rows the next forward passes in evaluation have."""
+        if self._roster is not None:
+            self._roster.rows = rows
+
+    def present_users(self) -> frozenset[int] | None:
+        """Positions of the users that take part now."""
+        return None if self._roster is None else self._roster.present
+
+    def export(self, user: UserId = EVERYONE) -> Mapping[SiteName, Adapter]:
+        """A user's adapters, or those that all share, with nothing under way."""
         with self._fleet.drained() as adapters:
-            return adapters
+            return {site: _of_user(adapter, user) for site, adapter in adapters.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Adapters, optimizers, gradients of an interval in progress, and the version."""
+        """Adapters, optimizers, gradients of an interval in progress, users, and the version."""
         with self._fleet.drained():
+            self._settle_users()
             return {
                 "fleet": self._fleet.state_dict(),
-                "interval": self._weights.state_dict(),
+                "interval": self._loss.state_dict(),
+                "users": {} if self._attendance is None else self._attendance.state_dict(),
+                "step": self._step,
                 "version": self._version,
             }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from `state_dict`; the next forward pass installs what was loaded."""
-        self._version = state["version"]
-        self._weights.load_state_dict(state["interval"])
+        self._step, self._version = state["step"], state["version"]
+        self._loss.load_state_dict(state["interval"])
+        if self._attendance is not None:
+            self._attendance.load_state_dict(state["users"], self._step)
         self._fleet.load_state_dict(state["fleet"], self._version)
         self._taps.forget()
 
@@ -127,7 +170,7 @@ class GradientLearner:
         stall = self._taps.stall_seconds
         return Measurements(
             base_seconds=self._timer.read() - stall,
-            stall_seconds=stall,
+            stall_seconds=stall + self._fleet.waited_seconds(),
             offload_seconds=self._fleet.busy_seconds(),
             wire_bytes=self._fleet.wire_bytes(self._taps.installed_bytes),
             held_bytes=held,
@@ -143,8 +186,35 @@ class GradientLearner:
         return Fit(
             number=closing.number,
             learning_rate=closing.learning_rate,
-            gradient_scale=self._weights.scale(),
+            gradient_scale=self._loss.scale(),
+            user_scales=self._loss.user_scales(),
         )
+
+    def _admit(self, batch: Batch) -> Batch:
+        """The batch without users that take no part; who comes or goes does so here."""
+        if self._attendance is None:
+            return batch
+        if self._attendance.is_due(self._step):
+            with self._fleet.drained():
+                self._change_users(begins=True)
+        return batch.without(self._attendance.roster.absent)
+
+    def _settle_users(self) -> None:
+        """Users that had to stop, or are late, take no part in what follows either."""
+        if self._attendance is not None and self._attendance.has_news:
+            self._change_users(begins=False)
+
+    def _change_users(self, *, begins: bool) -> None:
+        assert self._attendance is not None
+        self._attendance.change(self._step, begins=begins)
+        self._fleet.republish(self._version)
+        self._taps.forget()
+
+
+def _of_user(adapter: SiteAdapter, user: UserId) -> Adapter:
+    if isinstance(adapter, UserAdapters):
+        return adapter.member(adapter.roster.position(user))
+    return adapter
 
 
 def set_training_mode(base_model: nn.Module) -> None:

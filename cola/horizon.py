@@ -43,6 +43,7 @@ class Progression:
     step: int = 0
     best_value: float = -math.inf
     best_step: int = 0
+    best_users: list[str] | None = None  # who was scored then; None: not known
     seconds: float = 0.0  # wall time of training and evaluation in earlier sittings
     evaluation_seconds: float = 0.0  # over all sittings
     peaks_mib: dict[str, float] = field(default_factory=dict)  # of training, by device

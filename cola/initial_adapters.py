@@ -135,12 +135,14 @@ def _read_own(folder: Path) -> _Saved:
     for key, tensor in load_file(folder / ADAPTERS).items():
         site, _, name = key.partition("/")
         states.setdefault(site, {})[name] = tensor
-    drawn = folder.parent / NEW_PARAMETERS
+    # In the run's folder: adapters of a user lie one folder deeper.
+    places = [folder.parent / NEW_PARAMETERS, folder.parent.parent / NEW_PARAMETERS]
+    drawn = next((place for place in places if place.is_file()), None)
     return _Saved(
         base_model=described["base_model"],
         scale=described["scale"],
         states=states,
-        drawn=load_file(drawn) if drawn.is_file() else {},
+        drawn={} if drawn is None else load_file(drawn),
     )
 
 

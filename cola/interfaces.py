@@ -15,7 +15,11 @@ from torch import Tensor, nn
 from cola.adaptation_data import AdaptationData
 from cola.adapters import Adapter
 from cola.config.choices import Objective
+from cola.config.user_settings import UserSettings
+from cola.runtime import upload
 from cola.sites import SiteName
+from cola.user_adapters import SiteAdapter
+from cola.user_rows import EVERYONE, UserId, UserRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,11 +59,15 @@ class Batch:
         labels: (B,) classes or values; (B, T) token ids with -100 where nothing is scored.
         num_terms: scored terms of the loss (rows, or label tokens), the batch's weight in an
             interval.
+        rows: whose rows, where users have adapters of their own; rows are grouped by user then.
+        row_terms: (B,) scored terms of each row, int64 on the CPU; given where `rows` is.
     """
 
     inputs: dict[str, Tensor]
     labels: Tensor
     num_terms: int
+    rows: UserRows | None = None
+    row_terms: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
@@ -69,6 +77,26 @@ class Batch:
             },
             labels=self.labels.to(device, non_blocking=True),
             num_terms=self.num_terms,
+            rows=self.rows,
+            row_terms=self.row_terms,
+        )
+
+    def without(self, users: frozenset[int]) -> "Batch":
+        """The batch without the rows of some users; `rows` and `row_terms` are given."""
+        assert self.rows is not None
+        assert self.row_terms is not None
+        if users.isdisjoint(self.rows.users):
+            return self
+        indices, rows = self.rows.without(users)
+        kept = torch.tensor(indices, dtype=torch.long)
+        there = upload(kept, self.labels.device)
+        row_terms = self.row_terms[kept]
+        return Batch(
+            inputs={name: tensor[there] for name, tensor in self.inputs.items()},
+            labels=self.labels[there],
+            num_terms=int(row_terms.sum()),
+            rows=rows,
+            row_terms=row_terms,
         )
 
 
@@ -93,10 +121,18 @@ class TensorRows(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Encoded rows and where they came from (`train`, `5 % of train`, `validation` ...)."""
+    """Encoded rows and where they came from (`train`, `5 % of train`, `validation` ...).
+
+    Attributes:
+        name: of the split.
+        rows: N of them.
+        owners: (N,) position of each row's user in the task's `users`, int64 on the CPU; None where
+            rows have no user.
+    """
 
     name: str
     rows: Sequence[Example]
+    owners: Tensor | None = None
 
 
 Values = Tensor | Sequence[str]
@@ -125,6 +161,10 @@ class TaskData:
             the CPU; None where there are none.
         tokenizer: turns tokens back into text; None for images.
         label_names: of the classes, where they have names.
+        users: names of the users that own rows, in order; empty without users.
+        user_settings: what each of `users` trains, where they have adapters of their own.
+        bad_users: who had a row that cannot be read; none of their rows are here.
+        groups_users: batches lie user by user and say whose rows they are.
     """
 
     name: str
@@ -139,6 +179,10 @@ class TaskData:
     augment: Callable[[Batch, torch.Generator], Batch] | None = None
     tokenizer: "PreTrainedTokenizerBase | None" = None
     label_names: Sequence[str] = ()
+    users: tuple[UserId, ...] = ()
+    user_settings: tuple[UserSettings, ...] = ()
+    bad_users: tuple[UserId, ...] = ()
+    groups_users: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,8 +238,8 @@ class ParameterSource(Protocol):
 class Placement(Protocol):
     """Where adapters act: beside the sites of the base model, or inside their weights."""
 
-    def publish(self, adapter: Adapter) -> Mapping[str, Tensor]:
-        """What the base device needs of a fitted adapter; runs where the adapter is fitted."""
+    def publish(self, adapter: SiteAdapter) -> Mapping[str, Tensor]:
+        """What the base device needs of fitted adapters; runs where they are fitted."""
 
     def install(self, site: SiteName, published: Mapping[str, Tensor]) -> None:
         """Puts what was published into effect; runs on the base device."""
@@ -223,8 +267,17 @@ class Learner(Protocol):
     def update(self, adaptation: Adaptation) -> None:
         """Completes an adaptation; may return before it has finished everywhere."""
 
-    def evaluating(self) -> AbstractContextManager[nn.Module]:
-        """The adapted model in evaluation mode; drains every fit first."""
+    def evaluating(self, merged: bool | None = None) -> AbstractContextManager[nn.Module]:
+        """The adapted model in evaluation mode; drains every fit first.
+
+        `merged` places the adapters inside the weights or beside them; None: as configured.
+        """
+
+    def route(self, rows: UserRows | None) -> None:
+        """Says whose rows the next forward passes in evaluation have."""
+
+    def present_users(self) -> frozenset[int] | None:
+        """Positions of the users that take part now; None where users have no adapters."""
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that training changes: nested dictionaries of tensors and JSON values."""
@@ -235,8 +288,8 @@ class Learner(Protocol):
     def measure(self) -> Measurements:
         """Costs so far; synchronises, so it is called at logged steps only."""
 
-    def export(self) -> Mapping[SiteName, Adapter]:
-        """The trained adapters by site, drained; empty where the method has none."""
+    def export(self, user: UserId = EVERYONE) -> Mapping[SiteName, Adapter]:
+        """A user's trained adapters by site, drained; empty where the method has none."""
 
     def close(self) -> None:
         """Releases workers and hooks; the base model is as it was found."""

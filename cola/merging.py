@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cola.adapters import Adapter, install_parameters, require_mergeable, skeleton
+from cola.adapters import install_parameters, skeleton
 from cola.config.choices import Pristine, Rounding
 from cola.sites import SiteName, SiteSpec, to_base_layout
+from cola.user_adapters import SiteAdapter, require_linear
 
 
 class Bank:
@@ -25,7 +26,7 @@ class Bank:
 
     def __init__(
         self,
-        adapters: Mapping[SiteName, Adapter],
+        adapters: Mapping[SiteName, SiteAdapter],
         *,
         scale: float,
         device: torch.device,
@@ -37,7 +38,7 @@ class Bank:
 
         Args:
             adapters: by site.
-            scale: alpha.
+            scale: alpha; 1 for adapters of users, who have alphas of their own.
             device: of the base model.
             dtype: of the base model.
             detached: stop gradients at the adapters' outputs.
@@ -51,7 +52,7 @@ class Bank:
         self._device, self._dtype = device, dtype
         self._detached, self._copies = detached, copies
 
-    def publish(self, adapter: Adapter) -> dict[str, Tensor]:
+    def publish(self, adapter: SiteAdapter) -> dict[str, Tensor]:
         """The adapter's parameters in the base model's dtype."""
         site = adapter.spec.name
         if site in self._shared:  # the fitted tensors themselves, stepped in place
@@ -69,7 +70,7 @@ class Bank:
         if self._installed.get(site) is published:
             return
         self._installed[site] = published
-        state = {name: tensor.to(self._device) for name, tensor in published.items()}
+        state = {name: t.to(self._device, non_blocking=True) for name, t in published.items()}
         install_parameters(self._adapters[site], state)
 
     def adapt(self, site: SiteName, hidden_input: Tensor, hidden: Tensor) -> Tensor:
@@ -128,9 +129,9 @@ class Merger:
             )
 
     @torch.no_grad()
-    def publish(self, adapter: Adapter) -> dict[str, Tensor]:
+    def publish(self, adapter: SiteAdapter) -> dict[str, Tensor]:
         """The site's merged weight, and its bias if the adapter has one, in the base dtype."""
-        adapter = require_mergeable(adapter)
+        adapter = require_linear(adapter)
         site = self._sites[adapter.spec.name]
         delta = to_base_layout(adapter.delta_weight(), site.spec)
         published = {"weight": self._merge(site.weight, delta, adapter.spec.name)}
@@ -151,7 +152,7 @@ class Merger:
                 weight = module.get_parameter("weight")
                 parameter = nn.Parameter(torch.empty_like(tensor, device=weight.device), False)
                 module.register_parameter(name, parameter)
-            parameter.copy_(tensor)
+            parameter.copy_(tensor, non_blocking=True)
 
     def adapt(self, site: SiteName, hidden_input: Tensor, hidden: Tensor) -> Tensor:
         """The weight holds the adapter already."""

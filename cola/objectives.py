@@ -32,6 +32,25 @@ def task_loss(objective: Objective, logits: Tensor, batch: Batch) -> Tensor:
     return functional.cross_entropy(logits, batch.labels)
 
 
+def row_losses(objective: Objective, logits: Tensor, batch: Batch) -> Tensor:
+    """The same loss row by row, (B,): summed over a row's scored terms, not averaged.
+
+    Nothing of a row reaches another's gradient, not even a value that is not a number.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    labels = batch.labels
+    if objective is Objective.regression:
+        return (logits.squeeze(-1) - labels.to(logits.dtype)).square()
+    if objective is Objective.causal:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    if objective.writes:
+        terms = functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        return terms.view_as(labels).sum(dim=1)
+    return functional.cross_entropy(logits, labels, reduction="none")
+
+
 def _token_loss(logits: Tensor, labels: Tensor, num_terms: int) -> Tensor:
     total = functional.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"

@@ -10,6 +10,12 @@ from torch import nn
 from cola.config.choices import OptimizerName, ScheduleName
 from cola.config.schema import OptimizerConfig, ScheduleConfig
 
+ADAMW_BETAS = (0.9, 0.999)
+"""Decay of both moments. Paper: Table 5."""
+
+ADAMW_EPS = 1e-8
+"""Keeps AdamW's denominator from zero. Paper: Table 5."""
+
 
 def build_optimizer(
     parameters: Iterable[nn.Parameter],
@@ -39,8 +45,8 @@ def build_optimizer(
     return torch.optim.AdamW(
         groups,
         lr=0.0,
-        betas=(0.9, 0.999),
-        eps=1e-8,
+        betas=ADAMW_BETAS,
+        eps=ADAMW_EPS,
         weight_decay=config.weight_decay,
         fused=True,
     )
@@ -49,16 +55,24 @@ def build_optimizer(
 def _groups(
     parameters: list[nn.Parameter], config: OptimizerConfig, heads: set[int]
 ) -> list[dict[str, Any]]:
-    if config.head_lr is None or config.lr is None or not heads:
+    head_factor = rate_factor(config, is_head=True)
+    if head_factor == 1.0 or not heads:
         return [{"params": parameters, "rate_factor": 1.0}]
     groups = [
         {"params": [p for p in parameters if id(p) not in heads], "rate_factor": 1.0},
         {
             "params": [p for p in parameters if id(p) in heads],
-            "rate_factor": config.head_lr / config.lr,
+            "rate_factor": head_factor,
         },
     ]
     return [group for group in groups if group["params"]]
+
+
+def rate_factor(config: OptimizerConfig, *, is_head: bool) -> float:
+    """Factor on the learning rate: new heads may have one of their own."""
+    if not is_head or config.head_lr is None or config.lr is None:
+        return 1.0
+    return config.head_lr / config.lr
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cola.errors import ConfigError
 
@@ -32,6 +33,13 @@ def resolve_device(name: str) -> torch.device:
             "device=auto or device=cpu"
         )
     return device
+
+
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """A small tensor from the host to a device, without waiting for the device."""
+    if device.type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 def set_matmul_precision(*, tf32: bool, device: torch.device) -> None:

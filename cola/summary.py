@@ -26,6 +26,7 @@ def build_summary(
     *,
     run_id: str,
     task: str,
+    num_users: int,
     result: Mapping[str, Any],
     num_sites: int,
     trainable_parameters: int,
@@ -43,6 +44,7 @@ def build_summary(
         config: as it ran, defaults resolved.
         run_id: name of the run's folder.
         task: with its subset.
+        num_users: K.
         result: metric, value, split, selected_on and what else was scored.
         num_sites: M.
         trainable_parameters: of the method.
@@ -69,6 +71,7 @@ def build_summary(
         "adapter": config.adapter.kind.name if gradient else "lowrank" if is_lora else None,
         "merge": config.merge.mode.name if gradient else None,
         "users": config.users.name.name,
+        "num_users": num_users,
         "offload": config.offload.name.name if gradient else None,
         "result": dict(result),
         "trainable_parameters": trainable_parameters,

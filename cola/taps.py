@@ -24,6 +24,7 @@ from cola.adaptation_data import AdaptationData
 from cola.errors import SiteError
 from cola.interfaces import AdaptationSink, ParameterSource, Placement
 from cola.sites import SiteName, SiteSpec, flatten_rows
+from cola.user_rows import UserRows
 
 Report = Callable[[Tensor, Tensor], None]
 
@@ -93,6 +94,7 @@ class Taps:
         self._source = source
         self._phase = _Phase.idle
         self._version = 0
+        self._rows: UserRows | None = None
         self._installed: dict[SiteName, int] = {}
         self._num_open: dict[SiteName, int] = {}
         self._has_checked_sites = False
@@ -108,15 +110,17 @@ class Taps:
             self._handles.append(module.register_forward_hook(after, with_kwargs=True))
 
     @contextmanager
-    def recording(self, version: int) -> Iterator[Callable[[], None]]:
+    def recording(self, version: int, rows: UserRows | None = None) -> Iterator[Callable[[], None]]:
         """One training step, with the parameters of adaptation `version`.
 
-        Yields a function to call between the forward and the backward pass.
+        Yields a function to call between the forward and the backward pass. `rows` says whose rows
+        the batch has, where users have adapters of their own.
 
         Raises:
             SiteError: a site did not run in the first recorded step.
         """
         self._version = version
+        self._rows = rows
         self._num_open = dict.fromkeys(self._sites, 0)
         self._phase = _Phase.forward
         try:
@@ -217,6 +221,7 @@ class Taps:
         data = AdaptationData(
             hidden_input=flatten_rows(hidden_input, spec),
             hidden_gradient=flatten_rows(hidden_gradient, spec),
+            rows=self._rows,
         )
         self._sink.put(site, data)
         self._num_open[site] -= 1

@@ -99,11 +99,16 @@ class Trainer:
                     raise KeyboardInterrupt
         self._learner.load_state_dict(self._checkpoints.load_best()["learner"])
 
-    def score(self, split: Split) -> Evaluation:
-        """Evaluates the current parameters; metered apart from training."""
+    def score(self, split: Split, merged: bool | None = None) -> Evaluation:
+        """Evaluates the current parameters; metered apart from training.
+
+        Args:
+            split: rows to score.
+            merged: adapters inside the weights or beside them; None: as configured.
+        """
         started = time.perf_counter()
         with self._paused():
-            with self._learner.evaluating() as model:
+            with self._learner.evaluating(merged) as model:
                 found = evaluate(
                     model,
                     split,
@@ -111,6 +116,8 @@ class Trainer:
                     config=self._evaluation,
                     generation=self._generation,
                     device=self._device,
+                    route=self._learner.route,
+                    present=self._learner.present_users(),
                 )
             _note_peaks(self.progression.evaluation_peaks_mib, self._learner.measure())
         self.progression.evaluation_seconds += time.perf_counter() - started
@@ -184,12 +191,16 @@ class Trainer:
 
     def _select(self, step: int) -> None:
         found = self.score(self.selection)
-        self._tracker.log(step, _selection_metrics(found))
+        self._tracker.log(step, found.metrics("selection"))
         self._tracker.log_samples(step, self.selection.name, found.samples)
         name, value = next(iter(found.scores.items()))
         logger.info("step %d: %s %.4f on %s", step, name, value, self.selection.name)
-        if value > self.progression.best_value or self.progression.best_step == 0:
+        users, before = sorted(found.by_user), self.progression.best_users
+        # A score of other users says nothing about which of two models is the better one.
+        is_first = self.progression.best_step == 0 or before not in (None, users)
+        if value > self.progression.best_value or is_first:
             self.progression.best_value, self.progression.best_step = value, step
+            self.progression.best_users = users
             self._checkpoints.save_best({"learner": self._learner.state_dict(), "step": step})
 
     def _begin_window(self) -> None:
@@ -231,15 +242,6 @@ class Trainer:
 def _note_peaks(peaks_mib: dict[str, float], measured: Measurements) -> None:
     for device, mib in peak_mib(measured.held_bytes).items():
         peaks_mib[device] = max(mib, peaks_mib.get(device, 0.0))
-
-
-def _selection_metrics(found: Evaluation) -> dict[str, float]:
-    metrics = {f"selection/{name}": value for name, value in found.scores.items()}
-    if found.tokens_per_second is not None:
-        metrics["selection/tokens_per_second"] = found.tokens_per_second
-    for user, scores in found.by_user.items():
-        metrics |= {f"selection/user/{user}/{name}": value for name, value in scores.items()}
-    return metrics
 
 
 def _cumulative(measured: Measurements) -> dict[str, float]:

@@ -12,22 +12,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cola.adapters import Adapter, MLPAdapter, adapter_generator, build_adapter
+from cola.adapters import MLPAdapter, adapter_generator, build_adapter
 from cola.batches import BatchStream
 from cola.config.choices import DType, MergeMode, MethodName
 from cola.config.schema import ExperimentConfig
 from cola.errors import ConfigError
 from cola.experiment import build_problem, build_task, check_sites
+from cola.gradient_check import Subject, learned_gradients, true_gradients
+from cola.gradient_wiring import build_gradient_learner, resolve_settings
 from cola.interfaces import Batch
-from cola.learners import GradientLearning, build_gradient_learner, resolve_settings
 from cola.models import build_base_model
-from cola.objectives import task_loss
-from cola.oracle import attach_trainable
 from cola.report.text import format_table, print_text
-from cola.runtime import resolve_device, seed_everything
-from cola.sites import SiteName, SiteSpec
+from cola.runtime import resolve_device
+from cola.sites import SiteName
+from cola.user_adapters import SiteAdapter, UserAdapters
+from cola.user_learning import build_users
+from cola.users import assign_users
 
 logger = logging.getLogger(__name__)
 
@@ -54,18 +56,6 @@ class Check:
         return self.error <= TOLERANCE
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Subject:
-    """What is verified: a model, its filled adapters, a batch."""
-
-    model: nn.Module
-    sites: Mapping[SiteName, SiteSpec]
-    adapters: Mapping[SiteName, Adapter]
-    batch: Batch
-    settings: GradientLearning
-    seed: int
-
-
 def verify(config: ExperimentConfig) -> bool:
     """Checks the composed model and prints the table; True if everything is exact.
 
@@ -89,11 +79,13 @@ def verify(config: ExperimentConfig) -> bool:
 def run_checks(config: ExperimentConfig) -> list[Check]:
     """One check per site's gradient, and one per logit tensor for Proposition 2."""
     subject = _build_subject(config)
-    found, wanted = _learned_gradients(subject), _true_gradients(subject)
+    found, wanted = learned_gradients(subject), true_gradients(subject)
     checks = [
         Check(name=site, error=_relative_error(found[site], wanted[site])) for site in subject.sites
     ]
-    if not any(isinstance(adapter, MLPAdapter) for adapter in subject.adapters.values()):
+    # With several users a merged row sees all of them, an unmerged one its own.
+    is_one = subject.settings.users is None
+    if is_one and not any(isinstance(adapter, MLPAdapter) for adapter in subject.adapters.values()):
         unmerged, merged = (
             _logits(subject, mode) for mode in (MergeMode.unmerged, MergeMode.merged)
         )
@@ -102,63 +94,57 @@ def run_checks(config: ExperimentConfig) -> list[Check]:
     return checks
 
 
-def _build_subject(config: ExperimentConfig) -> _Subject:
+def _build_subject(config: ExperimentConfig) -> Subject:
     exact = dataclasses.replace(config.model, dtype=DType.float64, autocast=False)
     config = dataclasses.replace(config, model=exact)
     device = resolve_device(config.device)
     problem = build_problem(config)
     base = build_base_model(config.model, problem, seed=config.seed)
     check_sites(config, base)
-    task = build_task(config, problem, base)
+    task = assign_users(build_task(config, problem, base), config)
     size = min(config.trainer.batch_size, MAX_ROWS)
     stream = BatchStream(task, batch_size=size, seed=config.seed, device=device)
     _, batch = next(stream.batches(1, 1))
-    adapters = {}
-    for name, spec in base.sites.items():
-        adapter = build_adapter(config.adapter, spec, seed=config.seed).double()
-        generator = adapter_generator(config.seed, f"verify/{name}")
-        with torch.no_grad():
-            for parameter in adapter.parameters():
-                parameter.add_(FILL_STD * torch.randn(parameter.shape, generator=generator))
-        adapters[name] = adapter
-    return _Subject(
+    settings = resolve_settings(config, problem.objective)
+    adapters: Mapping[SiteName, SiteAdapter]
+    if task.groups_users:
+        learning, adapters = build_users(config, base.sites, task.user_settings)
+        settings = dataclasses.replace(settings, users=learning)
+    else:
+        adapters = {
+            name: build_adapter(config.adapter, spec, seed=config.seed)
+            for name, spec in base.sites.items()
+        }
+    for name, adapter in adapters.items():
+        _fill(adapter.double(), adapter_generator(config.seed, f"verify/{name}"))
+    return Subject(
         model=base.module.to(device).requires_grad_(False),
         sites=base.sites,
         adapters=adapters,
         batch=_to_double(batch),
-        settings=resolve_settings(config, problem.objective),
+        settings=settings,
+        users=config.users,
         seed=config.seed,
     )
 
 
-def _learned_gradients(subject: _Subject) -> dict[SiteName, Tensor]:
-    """By Algorithm 1, as a run does it."""
-    learner = build_gradient_learner(
-        subject.model, subject.sites, copy.deepcopy(dict(subject.adapters)), subject.settings
-    )
-    try:
-        seed_everything(subject.seed)  # both routes see the same dropout
-        learner.record(subject.batch, None)
-        return {site: _flat_gradient(adapter) for site, adapter in learner.export().items()}
-    finally:
-        learner.close()
-
-
-def _true_gradients(subject: _Subject) -> dict[SiteName, Tensor]:
-    """By back-propagation through the model and its adapters."""
-    device = next(subject.model.parameters()).device
-    adapters = {s: copy.deepcopy(a).to(device) for s, a in subject.adapters.items()}
-    _, remove = attach_trainable(subject.model, adapters, scale=subject.settings.scale)
-    seed_everything(subject.seed)
-    logits = subject.model(**subject.batch.inputs).logits
-    loss = task_loss(subject.settings.objective, logits, subject.batch)
-    loss.backward()  # type: ignore[no-untyped-call]
-    remove()
-    return {site: _flat_gradient(adapter) for site, adapter in adapters.items()}
+@torch.no_grad()
+def _fill(adapter: SiteAdapter, generator: torch.Generator) -> None:
+    """Values away from the zero start, where everything agrees."""
+    if isinstance(adapter, UserAdapters):
+        for user in range(len(adapter.roster)):
+            stack, place = adapter.stack_of(user)
+            state = stack.member_state(place)
+            for tensor in state.values():
+                tensor.add_(FILL_STD * torch.randn(tensor.shape, generator=generator))
+            stack.load_member(place, state)
+        return
+    for parameter in adapter.parameters():
+        parameter.add_(FILL_STD * torch.randn(parameter.shape, generator=generator))
 
 
 @torch.no_grad()
-def _logits(subject: _Subject, mode: MergeMode) -> Tensor:
+def _logits(subject: Subject, mode: MergeMode) -> Tensor:
     settings = dataclasses.replace(subject.settings, mode=mode, evaluates_merged=None)
     learner = build_gradient_learner(
         subject.model, subject.sites, copy.deepcopy(dict(subject.adapters)), settings
@@ -177,11 +163,6 @@ def _to_double(batch: Batch) -> Batch:
         for name, tensor in batch.inputs.items()
     }
     return dataclasses.replace(batch, inputs=inputs)
-
-
-def _flat_gradient(adapter: Adapter) -> Tensor:
-    gradients = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in adapter.parameters()]
-    return torch.cat([gradient.flatten() for gradient in gradients]).cpu()
 
 
 def _relative_error(found: Tensor, wanted: Tensor) -> float:

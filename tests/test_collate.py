@@ -169,6 +169,24 @@ def test_prompts_are_padded_where_the_model_does_not_go_on(
     }
 
 
+def test_terms_are_counted_row_by_row() -> None:
+    """What the loss scores of each row, by the labels themselves."""
+    causal = CausalCollator(pad_id=PAD, length=None)(causal_rows([(0, 4), (3, 1), (0, 1)]))
+    assert causal.row_terms is not None
+    assert causal.row_terms.tolist() == [3, 1, 0]  # the first token of a row has no prediction
+    assert causal.row_terms.tolist() == (causal.labels[:, 1:] != -100).sum(dim=1).tolist()
+    pair = PairCollator(pad_id=PAD, start_id=7, length=6)(pair_rows([(4, 3), (1, 5)]))
+    text = text_collator()(text_rows([2, 3, 1]))
+    images = collate_images([{"pixels": torch.zeros(1, 2, 2), "label": 0}] * 2)
+    for batch, wanted in ((pair, [3, 5]), (text, [1, 1, 1]), (images, [1, 1])):
+        assert batch.row_terms is not None
+        assert batch.row_terms.tolist() == wanted
+    for batch in (causal, pair, text, images):
+        assert batch.row_terms is not None
+        assert batch.row_terms.dtype == torch.int64
+        assert batch.num_terms == batch.row_terms.sum()
+
+
 def test_image_collator_stacks_pixels() -> None:
     batch = collate_images(
         [{"pixels": torch.full((1, 2, 2), float(i)), "label": i} for i in (3, 4)]

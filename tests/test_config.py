@@ -9,6 +9,7 @@ from cola.config.groups import conf_dir, describe_choice, group_choices
 from cola.config.keys import flatten, nearest, schema_keys
 from cola.config.store import compose_config, compose_run
 from cola.errors import ConfigError
+from cola.synthetic_language import CATEGORY_OPENINGS
 from tests.configs import composed
 
 KEYS = [
@@ -63,6 +64,20 @@ KEYS = [
     "method.init_text",
     "method.encoder_hidden",
     "users.name",
+    "users.num",
+    "users.column",
+    "users.names",
+    "users.others",
+    "users.kinds",
+    "users.adapters",
+    "users.gradient",
+    "users.reduce",
+    "users.loss",
+    "users.schedule",
+    "users.local",
+    "users.local_dir",
+    "users.local_seconds",
+    "users.local_late",
     "offload.name",
     "offload.workers",
     "tracking.name",
@@ -136,7 +151,7 @@ def test_schema_keys_are_pinned():
 
 @pytest.mark.parametrize(("group", "choice"), every_choice())
 def test_every_choice_composes_and_says_what_it_is(group, choice):
-    compose_config([*COMPANIONS.get((group, choice), []), f"{group}={choice}"])
+    composed(*COMPANIONS.get((group, choice), []), f"{group}={choice}")
     assert len(describe_choice(group, choice)) > 10
 
 
@@ -150,6 +165,52 @@ def test_experiment_overrides_task_and_yields_to_the_command_line():
     assert (config.trainer.max_steps, config.tracking.name) == (2, TrackingName.files)
     config = compose_config(["experiment=smoke", "trainer.max_steps=5", "tracking=wandb"])
     assert (config.trainer.max_steps, config.tracking.name) == (5, TrackingName.wandb)
+
+
+ROWS = [name for name in group_choices()["experiment"] if name.startswith("table")]
+
+
+def test_rows_of_the_tables_of_users_are_complete():
+    joint = [f"joint_{row}" for row in ("lowrank_unmerged", "lowrank_merged", "linear_unmerged",
+             "linear_merged", "mlp_unmerged")]  # fmt: skip
+    common = [*joint, "alone_lowrank", "alone_lowrank_mlp", "collaboration_lowrank"]
+    mixed = ["alone_lowrank_linear", "collaboration_lowrank_linear"]
+    rows = {4: [*common, *mixed], 8: common}
+    assert sorted(ROWS) == sorted(f"table{n}_{row}" for n, own in rows.items() for row in own)
+
+
+@pytest.mark.parametrize(
+    ("row", "is_tiny"),
+    [
+        *((row, False) for row in ROWS),
+        *(pytest.param(row, True, marks=[pytest.mark.slow] * ("joint" in row)) for row in ROWS),
+    ],
+)
+def test_row_of_a_table_of_users_is_what_its_name_says(row, is_tiny):
+    table, mode, *words = row.split("_")
+    tiny = {"table4": "tiny-gpt2", "table8": "tiny-llama"}[table]
+    config = composed(
+        f"experiment={row}", *(["task=synthetic", f"model={tiny}"] if is_tiny else [])
+    ).config
+    kinds = [word for word in words if word in AdapterKind.__members__]
+    merge = words[-1] if mode == "joint" else {"alone": "unmerged"}.get(mode, "merged")
+    assert config.task.name == ("synthetic" if is_tiny else "dolly")
+    assert config.users.name.name == mode
+    assert config.users.names == list(CATEGORY_OPENINGS)  # Dolly's eight
+    assert config.users.kinds == (kinds if len(kinds) > 1 else None)
+    assert config.adapter.kind.name == kinds[0]
+    assert config.merge.mode.name == merge
+    prints_both = merge == "unmerged" and "mlp" not in kinds
+    assert config.evaluation.merge.name == ("both" if prints_both else "auto")
+    assert config.experiment_name == row
+    if table == "table8":
+        assert (config.model.sites, config.trainer.batch_size) == (["all"], 8)
+    else:
+        assert (config.model.sites, config.trainer.batch_size) == (["c_attn"], 32)
+    if not is_tiny:
+        assert config.model.name == {"table4": "gpt2", "table8": "llama-2-7b"}[table]
+        is_slow = table == "table8" and kinds == ["linear"]  # paper, section C.1
+        assert config.optimizer.lr == (5e-6 if is_slow else 3e-4)
 
 
 def test_composition_works_from_any_folder(tmp_path, monkeypatch):
@@ -189,6 +250,14 @@ def test_missing_conf_is_named(tmp_path, monkeypatch):
         ("dry_run=maybe", r"wrong value; allowed: true or false"),
         ("model.sites={a:1}", r"wrong value; allowed: a list, each text or null"),
         ("adapter.hidden=[a]", r"wrong value; allowed: a list, each a whole number"),
+        ("merge.reduce=sum", r"no such key; nearest: users.reduce; allowed: merge.{mode,"),
+        ("users.adapters=a", r"wrong value; allowed: a list, each {user, kind, rank, hidden, alp"),
+        ("users.adapters=[[1]]", r"wrong value; allowed: a list, each {user, kind"),
+        ("users.adapters=null", r"wrong value; allowed: a list, each {user, kind"),
+        ("users.adapters=[{usr:a}]", r"no such key 'usr' in an entry; nearest: user; allowed: us"),
+        ("users.adapters=[{user:a,kind:mpl}]", r"of 'kind'; nearest: mlp; allowed: one of lowrank"),
+        ("users.adapters={user:a,rank:x}", r"wrong value of 'rank'; allowed: a whole number or n"),
+        ("users.schedule=[{join:3}]", r"an entry lacks 'user'; give it text"),
         ("task", r"^task: not an override \(.*\); write key=value"),
         ("adapter=mlp,linear", r"several values; add -m"),
         ("seed=range(1,4)", r"several values; add -m"),
@@ -234,6 +303,11 @@ def test_broken_yaml_of_ones_own_is_an_error_of_one_line(tmp_path):
     (tmp_path / "adapter" / "wide.yaml").write_text("kind: lowrank\nrnk: 64\n")
     with pytest.raises(ConfigError, match=r"adapter/wide.*'rnk' not in 'AdapterConfig'"):
         compose_config([f"hydra.searchpath=[file://{tmp_path}]", "adapter=wide"])
+
+
+def test_nearest_finds_the_one_section_that_has_such_a_key():
+    assert nearest("trainer.momentum", schema_keys()) == "optimizer.momentum"
+    assert nearest("adapter.num", schema_keys()) == "users.num"
 
 
 def test_nearest_gives_up_on_nonsense():

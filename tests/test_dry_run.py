@@ -205,6 +205,113 @@ def test_memory_of_sgd_has_one_moment():
     assert dry.memory_bytes["base"]["optimizer"] == dry.trainable_parameters * 4
 
 
+# Users -------------------------------------------------------------------------------------------
+
+# Tables 4 and 8 print 8 x, or 4 x + 4 x, of these.
+GPT2 = {"lowrank": 294_912, "linear": 21_233_664, "mlp": 8_683_008}
+LLAMA_ALL = {"lowrank": 19_988_480, "mlp": 502_665_216}
+ALONE = ("task=synthetic", "users=alone", "offload=cpu")
+
+
+@pytest.fixture
+def sized(monkeypatch):
+    """Facts without those of a forward pass, which takes most of the time."""
+    monkeypatch.setattr("cola.dry_run._trace", lambda *_: (0, 0))
+    return lambda *overrides: estimate(composed("dry_run=true", *overrides).config)
+
+
+@pytest.mark.parametrize(
+    ("row", "trainable"),
+    [
+        ("table4_joint_lowrank_merged", GPT2["lowrank"]),
+        ("table4_alone_lowrank", 8 * GPT2["lowrank"]),
+        ("table4_alone_lowrank_linear", 4 * GPT2["lowrank"] + 4 * GPT2["linear"]),
+        ("table4_alone_lowrank_mlp", 4 * GPT2["lowrank"] + 4 * GPT2["mlp"]),
+        ("table4_collaboration_lowrank", 8 * GPT2["lowrank"]),
+        ("table4_collaboration_lowrank_linear", 4 * GPT2["lowrank"] + 4 * GPT2["linear"]),
+        ("table8_alone_lowrank", 8 * LLAMA_ALL["lowrank"]),
+        ("table8_alone_lowrank_mlp", 4 * LLAMA_ALL["lowrank"] + 4 * LLAMA_ALL["mlp"]),
+        ("table8_collaboration_lowrank", 8 * LLAMA_ALL["lowrank"]),
+    ],
+)
+def test_counts_of_users_are_those_of_the_paper(sized, row, trainable):
+    dry = sized(f"experiment={row}")
+    assert dry.trainable_parameters == trainable
+    assert dry.users == (1 if "joint" in row else 8)
+
+
+def test_users_without_names_are_counted(sized):
+    one, many = sized("task=synthetic", "offload=cpu"), sized(*ALONE, "users.num=300")
+    assert many.users == 300
+    assert many.trainable_parameters == 300 * one.trainable_parameters
+    assert many.wire_back_bytes == 300 * one.wire_back_bytes
+
+
+def test_users_who_are_not_known_without_data(sized):
+    with pytest.raises(ConfigError, match=r"with users=alone: .* set users\.num or users\.names$"):
+        sized(*ALONE)
+    with pytest.raises(ConfigError, match=r"with settings of user 'a': .*; set users\.names$"):
+        sized(*ALONE, "users.num=2", "users.schedule={user:a}")
+    assert sized(*ALONE, "users.num=2", "users.adapters={user:user2,rank:3}").users == 2
+
+
+def test_ranks_that_differ_are_filled_up_where_they_are_stacked(sized):
+    names = (*ALONE, "users.names=[a,b,c]")
+    small, large = sized(*names, "adapter.rank=2"), sized(*names, "adapter.rank=5")
+    mixed = sized(*names, "adapter.rank=2", "users.adapters={user:b,rank:5}")
+    assert mixed.wire_back_bytes == large.wire_back_bytes
+    assert mixed.memory_bytes["base"]["adapters"] == large.memory_bytes["base"]["adapters"]
+    assert mixed.memory_bytes["host"]["optimizer"] == large.memory_bytes["host"]["optimizer"]
+    per_user = (large.trainable_parameters - small.trainable_parameters) // 3
+    assert mixed.trainable_parameters == small.trainable_parameters + per_user
+
+
+def test_ranks_of_other_cohorts_are_not_filled_up(sized):
+    names = (*ALONE, "users.names=[a,b]", "adapter.rank=2")
+    apart = sized(*names, "users.adapters={user:b,rank:5,optimizer:sgd}")
+    assert apart.memory_bytes["base"]["adapters"] == 4 * apart.trainable_parameters
+
+
+def test_users_keep_the_moments_of_their_own_optimizers(sized):
+    names = (*ALONE, "users.names=[a,b]")
+    adam, one_sgd = sized(*names), sized(*names, "users.adapters={user:b,optimizer:sgd}")
+    size = adam.memory_bytes["host"]["adapters"]
+    assert adam.memory_bytes["host"]["optimizer"] == 2 * size
+    assert one_sgd.memory_bytes["host"]["optimizer"] == 1.5 * size
+
+
+def test_users_who_fit_elsewhere_keep_no_moments_here(sized):
+    names = (*ALONE, "users.names=[a,b]")
+    here, away = sized(*names), sized(*names, "users.local=[b]")
+    assert away.memory_bytes["host"]["adapters"] == here.memory_bytes["host"]["adapters"]
+    for owner in ("gradients", "optimizer"):
+        assert 2 * away.memory_bytes["host"][owner] == here.memory_bytes["host"][owner]
+    assert away.trainable_parameters == here.trainable_parameters
+
+
+def test_memory_of_the_base_device_is_independent_of_the_number_of_users_when_merged(sized):
+    few, many = (
+        sized("task=synthetic", "users=collaboration", "offload=cpu", f"users.num={num}")
+        for num in (2, 50)
+    )
+    assert few.memory_bytes["base"] == many.memory_bytes["base"]
+    assert few.wire_back_bytes == many.wire_back_bytes
+    assert many.memory_bytes["host"]["adapters"] == 25 * few.memory_bytes["host"]["adapters"]
+
+
+def test_rows_of_each_kind_keep_what_that_kind_needs():
+    kinds = ("adapter=lowrank", "adapter=mlp", "users.kinds=lowrank-mlp")
+    dry = [facts(*ALONE, "users.num=4", given) for given in kinds]
+    lowrank, mlp, mixed = (one.memory_bytes["base"]["kept for the backward pass"] for one in dry)
+    assert lowrank < mixed < mlp
+    assert len({one.wire_out_bytes for one in dry}) == 1  # one forward pass for all
+
+
+def test_table_states_the_number_of_users(capsys):
+    print_dry_run(composed("task=synthetic", "users=alone", "users.num=3", "dry_run=true").config)
+    assert "| users with adapters (K)" in capsys.readouterr().out
+
+
 def test_table_states_the_facts(capsys):
     print_dry_run(composed(ROBERTA, "dry_run=true", "offload=cpu").config)
     lines = capsys.readouterr().out.splitlines()

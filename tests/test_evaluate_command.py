@@ -145,6 +145,67 @@ def test_prompt_is_answered(writer, capsys):
     assert "splits" not in found
 
 
+# Users with adapters of their own ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def users(tmp_path_factory) -> Run:
+    """Two users who write, each alone."""
+    return trained(
+        tmp_path_factory.mktemp("users"), "model=tiny-gpt2", *SHORT, "users=alone",
+        "users.names=[open_qa,closed_qa]", "users.others=drop", "optimizer.lr=0.05",
+    )  # fmt: skip
+
+
+def test_users_are_scored_as_the_run_scored_them(users):
+    result = users.summary["result"]
+    found = evaluated(users)
+    assert found["merge"] == "unmerged"
+    assert found["splits"]["test"]["scores"] == result["scores"]["test"]
+    assert list(found["splits"]["test"]["by_user"].items()) == list(result["by_user"].items())
+
+
+def test_training_rows_keep_their_users(users):
+    found = evaluated(users, "split=train", "evaluation.num_samples=99")["splits"]["train"]
+    assert list(found["by_user"]) == ["open_qa", "closed_qa"]
+    assert all(f"category {one['user']} " in one["input"] for one in found["samples"])
+
+
+def test_both_ways_are_printed_and_written(users, capsys):
+    found = evaluated(users, "evaluation.merge=both", "evaluation.num_samples=1")
+    table = capsys.readouterr().out
+    assert table.index("unmerged:") < table.index("\nmerged:")
+    assert table.count("| all ") == 2
+    assert table.count("| closed_qa ") == 2
+    assert found["merge"] == "unmerged"
+    merged = evaluated(users, "evaluation.merge=merged", "evaluation.num_samples=1")
+    assert found["merged"]["test"]["scores"] == merged["splits"]["test"]["scores"]
+    assert found["splits"]["test"]["scores"] == users.summary["result"]["scores"]["test"]
+
+
+LINE = "prompt=category open_qa text the fox response"
+
+
+def test_prompt_is_answered_by_a_users_own_adapters(users):
+    texts = {evaluated(users, LINE, f"user={user}")["text"] for user in ("open_qa", "closed_qa")}
+    assert len(texts) == 2
+    assert evaluated(users, LINE, "evaluation.merge=merged")["user"] is None
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ((LINE,), "prompt: adapters are each user's own, and it is not said whose answer; add user"
+                  "=NAME, of open_qa, closed_qa"),
+        ((LINE, "user=open_q"), "user=open_q: no such user of the run; nearest: open_qa; "),
+        ((LINE, "user=open_qa", "evaluation.merge=merged"),
+         "user=open_qa: adapters are merged, so that everybody gets one answer; leave user out"),
+    ],
+)  # fmt: skip
+def test_prompt_without_its_user_is_refused(users, capsys, lines, message):
+    assert message in refused(capsys, f"run={users.folder}", *lines)
+
+
 # What it leaves alone ----------------------------------------------------------------------------
 
 

@@ -2,15 +2,19 @@
 
 import dataclasses
 import json
+import logging
 import math
+import re
 import struct
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import cola
+from cola.checkpoint import load_state
 from cola.config.choices import MergeMode
 from cola.config.identity import CONFIG_FILE, config_hash, load_config
 from cola.errors import ConfigError, OffloadError, SiteError, TrainingError
@@ -131,6 +135,7 @@ SUMMARY = {
     "adapter": str,
     "merge": str,
     "users": str,
+    "num_users": int,
     "offload": str,
     "result": {
         "metric": str,
@@ -142,6 +147,9 @@ SUMMARY = {
         "scores": {"test": {"accuracy": float, "loss": float}},
         "by_user": dict,
         "tokens_per_second": float,
+        "merge": str,
+        "unmerged": type(None),
+        "merged": {"scores": {"test": {"accuracy": float, "loss": float}}, "by_user": dict},
     },
     "trainable_parameters": int,
     "sites": int,
@@ -183,6 +191,8 @@ def test_summary_states_the_run(full):
     assert (summary["run"]["id"], summary["run"]["seed"]) == ("full", 0)
     assert summary["run"]["versions"]["cola"] == cola.__version__
     assert (summary["sites"], summary["steps"], summary["adaptations"]) == (6, 7, 3)
+    assert summary["num_users"] == 1  # the rows' users are only scored apart
+    assert summary["result"]["merge"] == "merged"
     assert summary["trainable_parameters"] == 4 * 2 * 8 * 64 + 64 * 65 + 2 * 65
 
 
@@ -192,6 +202,7 @@ def test_summary_states_the_run(full):
 def test_summary_of_a_baseline_names_no_merge_or_offload(tmp_path, overrides, adapter):
     summary = run(tmp_path, *SYNTHETIC, *overrides, "trainer.max_steps=1").summary
     assert (summary["adapter"], summary["merge"], summary["offload"]) == (adapter, None, None)
+    assert [summary["result"][key] for key in ("merge", "unmerged", "merged")] == [None] * 3
     assert (tmp_path / "adapters").exists() == (adapter is not None)
 
 
@@ -276,6 +287,115 @@ def test_evaluation_may_merge_otherwise_than_training(tmp_path, adapter, merge):
     assert crossed.losses == pytest.approx(auto.losses, abs=1e-5)
     wanted, found = (done.summary["result"]["scores"]["test"] for done in (auto, crossed))
     assert found == pytest.approx(wanted, abs=1e-5)
+
+
+def test_report_may_have_both_ways(tmp_path, caplog):
+    settings = (*SYNTHETIC, "users=alone", "trainer.max_steps=3", "trainer.interval=3")
+    with caplog.at_level(logging.INFO):
+        both = run(tmp_path / "both", *settings, "evaluation.merge=both").summary["result"]
+    merged = run(tmp_path / "merged", *settings, "evaluation.merge=merged").summary["result"]
+    assert (both["merge"], merged["merge"]) == ("unmerged", "merged")
+    assert both["unmerged"] == {key: both[key] for key in ("scores", "by_user")}
+    assert both["merged"] == merged["merged"] == {k: merged[k] for k in ("scores", "by_user")}
+    assert both["merged"]["scores"] != both["unmerged"]["scores"]
+    assert merged["unmerged"] is None
+    lines = [line for line in caplog.messages if "on test" in line]
+    assert ["(unmerged, best" in lines[0], "(merged, best" in lines[1]] == [True, True]
+
+
+def test_selection_of_other_users_begins_anew(tmp_path, monkeypatch):
+    from cola import trainer
+
+    true = trainer.evaluate
+    looks = iter([(0.9, "ab"), (0.1, "abc"), (0.5, "abc"), (0.4, "abc"), (0.2, "bc"), (0.1, "bc")])
+
+    def come_and_go(*arguments, **settings):
+        found = true(*arguments, **settings)
+        accuracy, users = next(looks, (0.0, ""))
+        by_user = {user: {"accuracy": 0.0} for user in users}
+        return dataclasses.replace(found, scores={"accuracy": accuracy}, by_user=by_user)
+
+    monkeypatch.setattr(trainer, "evaluate", come_and_go)
+    steps = ("trainer.eval_every=1", "checkpoint.every=1", "checkpoint.keep=9")
+    done = run(tmp_path, *SYNTHETIC, *steps, "trainer.max_steps=6")
+    states = [peek_step(done, step) for step in range(1, 7)]
+    assert [state["best_step"] for state in states] == [1, 2, 3, 3, 5, 5]
+    users = ["".join(state["best_users"]) for state in states]
+    assert users == ["ab", "abc", "abc", "abc", "bc", "bc"]
+    assert done.summary["result"]["selection_value"] == 0.2
+
+
+def peek_step(done: Run, step: int) -> dict[str, Any]:
+    """What a run knew of its progress after a step."""
+    path = done.folder / "checkpoints" / f"step-{step:08d}"
+    state: dict[str, Any] = load_state(path)["progression"]
+    return state
+
+
+# Users -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("users", ["joint", "alone"])
+def test_summary_and_metrics_count_users(tmp_path, users, caplog):
+    named = ("users.names=[open_qa,closed_qa,general_qa]", "users.others=drop")
+    settings = (f"users={users}", *named, "trainer.max_steps=2", "trainer.eval_every=1")
+    with caplog.at_level(logging.INFO):
+        done = run(tmp_path, *SYNTHETIC, *settings)
+    assert (done.summary["users"], done.summary["num_users"]) == (users, 3)
+    assert list(done.summary["result"]["by_user"]) == ["open_qa", "closed_qa", "general_qa"]
+    assert {key for key in done.rows[0] if "user" in key} == {
+        f"selection/user/{user}/accuracy" for user in ("open_qa", "closed_qa", "general_qa")
+    }
+    (line,) = [line for line in caplog.messages if "K = 3" in line]
+    assert re.fullmatch(
+        rf"users={users}, K = 3; rows to train on: open_qa \d+, closed_qa \d+, general_qa \d+", line
+    )
+
+
+def test_start_of_a_run_lists_ten_users(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        run(tmp_path, *DIGITS, "users=joint", "users.num=12", "trainer.max_steps=1")
+    (line,) = [line for line in caplog.messages if "K = 12" in line]
+    assert line.endswith(", user10 24 and 2 more")
+
+
+def test_user_that_left_is_neither_scored_nor_selected_by(tmp_path):
+    done = run(tmp_path, *SYNTHETIC, "users=alone", "users.names=[open_qa,closed_qa]",
+               "users.others=drop", "users.schedule=[{user:open_qa,leave:2}]",
+               "trainer.max_steps=2", "trainer.eval_every=1")  # fmt: skip
+    users = [{key.split("/")[2] for key in row if "user" in key} for row in done.rows]
+    assert [found for found in users if found] == [{"open_qa", "closed_qa"}, {"closed_qa"}]
+    result = done.summary["result"]
+    assert (result["selected_step"], list(result["by_user"])) == (2, ["closed_qa"])
+
+
+def test_every_user_gets_a_folder_of_adapters(tmp_path):
+    names = ["open_qa", "general_qa"]
+    adapters = "users.adapters=[{user:general_qa,alpha:2.0,rank:4}]"
+    done = run(tmp_path, *SYNTHETIC, "users=alone", f"users.names=[{','.join(names)}]", adapters,
+               "users.others=drop", "trainer.max_steps=2")  # fmt: skip
+    folder = done.folder / "adapters"
+    assert sorted(path.name for path in folder.iterdir()) == sorted(names)
+    described = [json.loads((folder / name / "adapters.json").read_text()) for name in names]
+    assert [one["scale"] for one in described] == [1.0, 2.0]
+    peft = [json.loads((folder / n / "peft" / "adapter_config.json").read_text()) for n in names]
+    assert [(one["r"], one["lora_alpha"]) for one in peft] == [(8, 8.0), (4, 8.0)]
+    first, second = (load_file(folder / name / "adapters.safetensors") for name in names)
+    assert first.keys() == second.keys()
+    assert [first[key].shape != second[key].shape for key in first].count(True) == 8
+
+
+def test_folder_of_a_user_is_named_like_the_user_as_far_as_it_can(tmp_path):
+    rows = [{"text": f"fox {i}", "label": "ab"[i % 2], "who": ["a/b", ".x y"][i // 2 % 2]}
+            for i in range(24)]  # fmt: skip
+    for split in ("train", "test"):
+        path = tmp_path / f"{split}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(tmp_path / "run", "task=jsonl", "model=tiny-roberta", "task.target=label", "users=alone",
+        f"task.train_file={tmp_path}/train.jsonl", f"task.test_file={tmp_path}/test.jsonl",
+        "task.user=who", 'task.template="{text}"', "trainer.max_steps=1")  # fmt: skip
+    found = {path.name for path in (tmp_path / "run" / "adapters").iterdir()}
+    assert found == {"a%2Fb", ".x y"}
 
 
 def test_bases_start_equal_whatever_the_method(tmp_path):

@@ -14,10 +14,11 @@ from cola.config.schema import AdapterConfig, GenerationConfig
 from cola.config.validation import validate
 from cola.errors import ConfigError
 from cola.generation import Decoding, check_positions, generate_texts, resolve_decoding
+from cola.gradient_wiring import GradientLearning, build_gradient_learner
 from cola.interfaces import Problem, Split, TaskData
-from cola.learners import GradientLearning, build_gradient_learner
 from cola.models import BaseModel, build_base_model
 from cola.tasks.collate import build_prompt_collator
+from cola.user_rows import UserRows
 from tests.configs import changed
 from tests.models import OBJECTIVES, model_of, text_problem
 from tests.tiny import optimizer
@@ -248,6 +249,71 @@ def test_equal_prompts_are_answered_once_in_batches_of_like_length(parrot):
     assert model.batches == [[4, 3], [2, 1]]
     assert found.num_tokens == 4 * 3  # two words and the end; padding is no token
     assert found.tokens_per_second == pytest.approx(12 / found.seconds)
+
+
+def test_users_equal_prompts_are_answered_once_for_each(parrot):
+    model, task = parrot
+    told: list[Any] = []
+    prompts = [[9], [7, 8], [9], [9], [5, 6, 7], [7, 8], [4, 4, 4, 4]]
+    rows = [{"prompt_ids": torch.tensor(prompt)} for prompt in prompts]
+    found = generate_texts(
+        model, rows, task, GenerationConfig(batch_size=3), CPU, owners=[2, 1, 0, 2, 1, 1, 0],
+        route=lambda rows: told.append((len(model.batches), rows)),
+    )  # fmt: skip
+    word = {token: task.tokenizer.decode([token]) for token in range(4, 10)}
+    assert found.texts == [f"{word[prompt[-1]]} {word[prompt[-1]]}" for prompt in prompts]
+    # The longest first over all, and user by user inside a batch.
+    assert model.batches == [[4, 3, 2], [1, 1]]
+    assert told == [
+        (0, UserRows(users=(0, 1), counts=(1, 2))), (1, UserRows(users=(0, 2), counts=(1, 1))),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [GREEDY, SEARCH], ids=["greedy", "beams"])
+def test_text_of_a_user_is_that_of_the_users_adapters(subject, config):
+    """Beams multiply the rows of a batch where they lie, and stay their user's."""
+    owners = [1, 0, 1, 0]
+    routed, module = Routed(subject), subject.base.module
+    routed.put_on(module)
+    try:
+        mixed = generate_texts(module, subject.rows, subject.task, config, CPU, owners=owners,
+                               route=routed.route).texts  # fmt: skip
+        apart = []
+        for row, owner in zip(subject.rows, owners, strict=True):
+            routed.route(UserRows.of([owner]))
+            apart += generate_texts(module, [row], subject.task, config, CPU).texts
+        routed.route(UserRows.of([1]))
+        other = generate_texts(module, [subject.rows[1]], subject.task, config, CPU).texts
+    finally:
+        routed.handle.remove()
+    assert mixed == apart
+    assert other != mixed[1:2]
+
+
+class Routed:
+    """Adds a vector of each row's user to what one layer answers."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.site = next(iter(subject.base.sites))
+        self.rows: UserRows | None = None
+        self.handle: Any = None
+
+    def route(self, rows: UserRows | None) -> None:
+        self.rows = rows
+
+    def put_on(self, module: nn.Module) -> None:
+        self.handle = module.get_submodule(self.site).register_forward_hook(self._add)
+
+    def _add(self, _: nn.Module, __: Any, hidden: Tensor) -> Tensor:
+        assert self.rows is not None
+        spread = self.rows.spread(len(hidden))
+        assert spread is not None
+        hidden = hidden.clone()
+        for user, where in spread.slices():
+            generator = torch.Generator().manual_seed(user)
+            own = torch.randn(hidden.shape[-1], generator=generator, dtype=hidden.dtype)
+            hidden[where] += 3 * own
+        return hidden
 
 
 def test_search_is_the_papers(parrot):

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from cola.config.choices import AdapterKind, MergeMode
-from tests import tiny
+from cola.config.choices import AdapterKind, MergeMode, UserGradient, UserLoss, UsersMode
+from tests import tiny, users
 from tests.tolerances import EXACT
 
 pytestmark = [
@@ -34,4 +34,60 @@ def test_weights_equal_autograd_on_gpu(
     found = {site: copy.deepcopy(adapter).cpu() for site, adapter in learner.export().items()}
     wanted = {site: copy.deepcopy(adapter).cpu() for site, adapter in oracle.export().items()}
     assert tiny.distance(found, wanted, start) <= EXACT
+    learner.close()
+
+
+OWNERS = [[0, 0, 1, 2], [0, 2, 2, 2, 2], [1, 1], [0, 1, 2], [2, 2, 2], [0], [0, 1, 1, 2, 2]]
+USERS = {
+    "alone": (UsersMode.alone, ("lowrank:3", "linear", "mlp"), UserGradient.federated),
+    "optimizers": (UsersMode.alone, ("lowrank:1:adamw", "lowrank:3:sgd", "mlp:2:sgd"),
+                   UserGradient.federated),
+    "federated": (UsersMode.collaboration, ("lowrank:2", "lowrank:3", "linear"),
+                  UserGradient.federated),
+    "exact": (UsersMode.collaboration, ("lowrank:2", "lowrank:3", "linear"), UserGradient.exact),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("interval", [1, 2])
+@pytest.mark.parametrize("case", USERS)
+@pytest.mark.parametrize("net", [tiny.TinyNet, tiny.TinyConv])
+def test_users_equal_masked_autograd_on_gpu(
+    net: type[torch.nn.Module], case: str, interval: int, num_workers: int
+) -> None:
+    mode, kinds, gradient = USERS[case]
+    base = tiny.net(net)
+    adapters = users.filled(base, users.roster(users.settings(*kinds)))
+    start = users.members(adapters)
+    stream = users.batches(base, OWNERS)
+    wanted = users.train_by_hand(
+        base, start, users.settings(*kinds), stream, mode=mode, gradient=gradient,
+        interval=interval,
+    )  # fmt: skip
+    learner = users.learner(
+        base.cuda(), adapters, gradient=gradient, num_workers=num_workers,
+        mode=MergeMode.unmerged if mode is UsersMode.alone else MergeMode.merged,
+    )  # fmt: skip
+    tiny.train(learner, [batch.to(torch.device("cuda")) for batch in stream], interval=interval)
+    assert users.distance(learner, wanted, start) <= EXACT
+    learner.close()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("mode", [MergeMode.unmerged, MergeMode.merged], ids=lambda m: m.name)
+def test_broken_rows_stop_their_user_alone_on_gpu(mode: MergeMode, num_workers: int) -> None:
+    base = tiny.net().cuda()
+    adapters = users.filled(base, users.roster(users.settings("lowrank", "lowrank", "linear")))
+    learner = users.learner(
+        base, adapters, mode=mode, num_workers=num_workers, loss=UserLoss.per_user
+    )
+    stream = [batch.to(torch.device("cuda")) for batch in users.batches(base, OWNERS)]
+    assert stream[0].rows is not None
+    stream[0].inputs["features"][dict(stream[0].rows.slices())[1]] = torch.nan
+    tiny.train(learner, stream)
+    learner.state_dict()
+    assert learner.present_users() == {0, 2}
+    for name in ("user0", "user2"):
+        for adapter in learner.export(name).values():
+            assert tiny.flat(adapter).isfinite().all()
     learner.close()

@@ -178,6 +178,7 @@ def assert_equal(first: Batch, second: Batch) -> None:
     assert torch.equal(first.labels, second.labels)
     assert first.labels.dtype == second.labels.dtype
     assert first.num_terms == second.num_terms
+    assert first.row_terms.tolist() == second.row_terms.tolist()
 
 
 def row_by_row(data: TaskData) -> TaskData:
@@ -198,7 +199,7 @@ def test_gathered_batches_are_those_of_collated_rows() -> None:
         *(stream.batches(steps - 1, steps + 1) for stream in streams), strict=True
     ):
         assert_equal(first, second)
-    for first, second in zip(
+    for (_, first), (_, second) in zip(
         *(evaluation_batches(d.report, d, batch_size=100, device=CPU) for d in (fast, slow)),
         strict=True,
     ):
@@ -291,7 +292,7 @@ def test_augmentation_differs_between_seeds_and_steps(cifar10: TaskData) -> None
 
 def test_evaluation_is_never_augmented(cifar10: TaskData) -> None:
     batches = evaluation_batches(cifar10.report, cifar10, batch_size=16, device=CPU)
-    pixels = torch.cat([batch.inputs["pixels"] for batch in batches])
+    pixels = torch.cat([batch.inputs["pixels"] for _, batch in batches])
     assert torch.equal(pixels, pixels_of(cifar10.report))
 
 

@@ -261,6 +261,12 @@ def test_train_line_that_cannot_be_used_is_named(
         folder.load([*rows, row], template="{text}", **settings)
 
 
+def test_target_that_holds_no_classes_at_all_names_its_first_line(folder: Folder) -> None:
+    rows = [{"text": "fox", "label": value} for value in (1.5, 2.5, 3.5)]
+    with pytest.raises(DataError, match=r"line 1, column 'label': 1.5 is no class; .*=regression"):
+        folder.load(rows)
+
+
 @pytest.mark.parametrize(
     ("family", "objective", "target", "message"),
     [

@@ -82,6 +82,21 @@ def test_combination_that_cannot_run(overrides, message):
         check(*(one.replace("method=", "method.name=") for one in overrides))
 
 
+@pytest.mark.parametrize("mode", ["alone", "collaboration"])
+def test_users_with_adapters_of_their_own_need_cola(mode):
+    # In a file as well: without them it would be another experiment.
+    with pytest.raises(ConfigError, match=rf"^users={mode} with method=lora: .* use users=one or "):
+        validate(changed("method.name=lora", "optimizer.clip=none", base=(f"users={mode}",)))
+
+
+@pytest.mark.parametrize("method", ["ft", "lora", "ia3"])
+def test_joint_users_are_everybodys(method):
+    names = ("users.num=2", "users.column=who", "users.names=[a, b]", "users.others=drop")
+    check(f"method.name={method}", "users.name=joint", *names)
+    with pytest.raises(ConfigError, match=r"users\.num would have no effect with users=one"):
+        check(f"method.name={method}", "users.num=2")
+
+
 def test_activation_offload_in_a_file_is_refused_too():
     with pytest.raises(ConfigError, match="has no effect with method=cola, which keeps no"):
         validate(changed("method.activation_offload=true"))

@@ -14,7 +14,7 @@ import pytest
 from cola.config.schema import TaskConfig
 from cola.errors import ConfigError, DataError
 from cola.tasks import hub
-from cola.tasks.sources import list_splits, load_arrays, load_rows
+from cola.tasks.sources import Row, iter_rows, list_splits, load_arrays
 
 MRPC = TaskConfig(name="glue", folder="glue/mrpc", hub="nyu-mll/glue", subset="mrpc", num_labels=2)
 MNIST = TaskConfig(name="mnist", folder="mnist", hub="ylecun/mnist", num_labels=10)
@@ -34,6 +34,10 @@ def mrpc_rows(count: int) -> list[dict[str, Any]]:
     return [{"sentence1": f"a{i}", "sentence2": "b", "label": i % 2} for i in range(count)]
 
 
+def load_rows(*arguments: Any, **settings: Any) -> list[Row]:
+    return list(iter_rows(*arguments, **settings))
+
+
 def read(folder: Path, *, limit: int | None = None) -> list[Mapping[str, Any]]:
     return load_rows(
         MRPC, "train", columns=("sentence1", "label"), data_dir=str(folder), limit=limit
@@ -41,12 +45,12 @@ def read(folder: Path, *, limit: int | None = None) -> list[Mapping[str, Any]]:
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl"])
-def test_load_rows_reads_compressed_and_plain_files(tmp_path: Path, suffix: str) -> None:
+def test_iter_rows_reads_compressed_and_plain_files(tmp_path: Path, suffix: str) -> None:
     write_lines(tmp_path / f"glue/mrpc/train{suffix}", [*as_lines(mrpc_rows(3)), ""])
     assert read(tmp_path) == mrpc_rows(3)
 
 
-def test_load_rows_keeps_the_first_rows_and_reads_no_further(tmp_path: Path) -> None:
+def test_iter_rows_keeps_the_first_rows_and_reads_no_further(tmp_path: Path) -> None:
     write_lines(tmp_path / "glue/mrpc/train.jsonl", [*as_lines(mrpc_rows(2)), "{broken"])
     assert read(tmp_path, limit=2) == mrpc_rows(2)
 

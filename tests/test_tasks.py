@@ -15,6 +15,7 @@ from cola.errors import ConfigError, DataError
 from cola.interfaces import Split, TaskData
 from cola.synthetic_language import CATEGORY_OPENINGS, synthetic_words
 from cola.tasks import load_task, metric_name, resolve_problem
+from cola.tasks.fields import Fields
 from cola.tasks.glue import SUBSETS, join_columns
 from cola.tasks.synthetic import generate_rows
 
@@ -187,7 +188,7 @@ def test_impossible_problem_is_refused(
 
 def test_columns_are_joined_with_their_names() -> None:
     row = {"sentence1": "A b.", "sentence2": "C?", "label": 1, "idx": 0}
-    joined = join_columns(row, ("sentence1", "sentence2"), "row 1")
+    joined = join_columns(Fields(row, "row 1"), ("sentence1", "sentence2"))
     assert joined == "sentence1: A b. sentence2: C?"
 
 

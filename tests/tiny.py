@@ -23,8 +23,8 @@ from cola.config.choices import (
 )
 from cola.config.schema import AdapterConfig, OptimizerConfig
 from cola.gradient_learner import GradientLearner, set_training_mode
+from cola.gradient_wiring import GradientLearning, build_gradient_learner
 from cola.interfaces import Adaptation, Batch, Learner
-from cola.learners import GradientLearning, build_gradient_learner
 from cola.objectives import task_loss
 from cola.optimizers import build_optimizer, optimizer_step
 from cola.oracle import attach_trainable

@@ -31,6 +31,7 @@ Examples:
   {name} run=PATH checkpoint=newest split=selection  # of a run that goes on
   {name} run=PATH generation.num_beams=8 task.max_eval_rows=100
   {name} run=PATH prompt="category open_qa text the fox"
+  {name} run=PATH user=open_qa prompt="..."          # by that user's adapters
 
 Options:
   -h, --help        this text

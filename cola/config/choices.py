@@ -57,9 +57,45 @@ class OffloadTarget(Enum):
 
 
 class UsersMode(Enum):
-    """Who owns adapters and data."""
+    """Who owns data and adapters; the paper's Section 3.3 and Table 4."""
 
-    one = "one"
+    one = "one"  # K = 1
+    joint = "joint"  # data of K users, one set of adapters
+    alone = "alone"  # a set for every user, who sees and teaches nothing but their own
+    collaboration = "collaboration"  # a set for every user, all merged into one model
+
+    @property
+    def owns_adapters(self) -> bool:
+        """Whether every user has adapters of their own."""
+        return self in (UsersMode.alone, UsersMode.collaboration)
+
+
+class UserGradient(Enum):
+    """What teaches a user's adapters in collaboration."""
+
+    federated = "federated"  # the user's own rows, as the paper does
+    exact = "exact"  # all rows: the gradient of the merged objective
+
+
+class UserLoss(Enum):
+    """What a user's rows are averaged over."""
+
+    batch = "batch"  # all rows of the batch, as the paper does
+    per_user = "per_user"  # the user's own rows, as if each trained apart
+
+
+class OtherUsers(Enum):
+    """What happens to rows of users that the run does not have."""
+
+    refuse = "refuse"
+    drop = "drop"
+
+
+class LateUser(Enum):
+    """What becomes of a user whose own process has not answered in time."""
+
+    wait = "wait"  # takes no part until the answer comes
+    drop = "drop"  # leaves
 
 
 class TrackingName(Enum):
@@ -89,7 +125,7 @@ class ScheduleName(Enum):
 
 
 class Reduction(Enum):
-    """How the batches of one interval combine: one larger batch, or a plain sum."""
+    """How the batches of one interval, or the users of one merge, combine."""
 
     mean = "mean"
     sum = "sum"
@@ -147,6 +183,12 @@ class EvaluationMerge(Enum):
     auto = "auto"  # as training did
     merged = "merged"
     unmerged = "unmerged"
+    both = "both"  # while training as `auto`; the final report has both
+
+    @property
+    def merges(self) -> bool:
+        """Whether it merges adapters, whatever training did."""
+        return self in (EvaluationMerge.merged, EvaluationMerge.both)
 
 
 class SelectOn(Enum):

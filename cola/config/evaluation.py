@@ -12,6 +12,7 @@ from cola.config.identity import CONFIG_FILE, load_config
 from cola.config.keys import nearest_words, schema_keys
 from cola.config.resume import find_run, merge_given
 from cola.config.schema import ExperimentConfig
+from cola.config.user_settings import list_names
 from cola.errors import ConfigError
 
 OWN_KEYS: Mapping[str, str] = {
@@ -19,6 +20,7 @@ OWN_KEYS: Mapping[str, str] = {
     "checkpoint": "best (default), or newest",
     "split": "report (default), selection or train",
     "prompt": "a text to write an answer to, in place of a split",
+    "user": "whose adapters answer the prompt, of a run with users=alone or collaboration",
 }
 _CHOICES = {"checkpoint": ("best", "newest"), "split": ("report", "selection", "train")}
 _CHANGEABLE = (
@@ -43,6 +45,7 @@ class EvaluationRequest:
         newest: the newest checkpoint in place of the best one.
         split: `report`, `selection` or `train`.
         prompt: a text to answer in place of scoring a split.
+        user: whose adapters answer it; the run's data may still not have that user.
     """
 
     run_dir: Path
@@ -50,6 +53,7 @@ class EvaluationRequest:
     newest: bool
     split: str
     prompt: str | None
+    user: str | None = None
 
 
 def can_change(key: str) -> bool:
@@ -82,15 +86,39 @@ def resolve_request(own: Mapping[str, str]) -> EvaluationRequest:
             )
     folder = find_run("run", own["run"])
     stored = load_config(folder / CONFIG_FILE)
-    # Its own state is loaded, whatever it started from.
+    if "user" in own:
+        _check_user(own, stored)
+    # Its own state is loaded, whatever it and its users started from.
     adapter = dataclasses.replace(stored.adapter, init=None)
+    visits = [dataclasses.replace(visit, init=None) for visit in stored.users.schedule]
+    users = dataclasses.replace(stored.users, schedule=visits)
     return EvaluationRequest(
         run_dir=folder,
-        config=dataclasses.replace(stored, adapter=adapter, resume=None),
+        config=dataclasses.replace(stored, adapter=adapter, users=users, resume=None),
         newest=own.get("checkpoint") == "newest",
         split=own.get("split", "report"),
         prompt=own.get("prompt"),
+        user=own.get("user"),
     )
+
+
+def _check_user(own: Mapping[str, str], config: ExperimentConfig) -> None:
+    user, users = own["user"], config.users
+    if not users.name.owns_adapters:
+        raise ConfigError(
+            f"user={user}: the run has users={users.name.name}, one set of adapters for everything "
+            "that is asked; leave user out"
+        )
+    if "prompt" not in own:
+        raise ConfigError(
+            f"user={user}: says whose adapters answer a prompt, and none was given; add "
+            "prompt=TEXT, or leave user out: a split is scored user by user"
+        )
+    if users.names is not None and user not in users.names:
+        raise ConfigError(
+            f"user={user}: no such user of the run; {nearest_words(user, users.names)}"
+            f"allowed: {list_names(users.names)}"
+        )
 
 
 def change_settings(

@@ -1,5 +1,6 @@
 """What makes two runs the same run: the configuration's hash, and its file in the run's folder."""
 
+import dataclasses
 import hashlib
 import json
 from enum import Enum
@@ -39,7 +40,14 @@ def is_identity(key: str) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    return value.name if isinstance(value, Enum) else value
+    """A value as JSON has it: enums by name, entries of lists as dictionaries."""
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, list):
+        return [_plain(part) for part in value]
+    if dataclasses.is_dataclass(value):
+        return {name: _plain(part) for name, part in vars(value).items()}
+    return value
 
 
 def config_hash(config: ExperimentConfig) -> str:

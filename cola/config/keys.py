@@ -6,11 +6,12 @@ run can never disagree with it. No Hydra here: `--help` must answer at once.
 
 import difflib
 import functools
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import Enum
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -44,6 +45,12 @@ class Key:
         return any(get_origin(kind) is list for kind in (self.type, *get_args(self.type)))
 
     @property
+    def entry(self) -> type | None:
+        """The dataclass of a list's entries (`users.adapters`); None for lists of plain values."""
+        elements = get_args(self.type) if get_origin(self.type) is list else ()
+        return next((kind for kind in elements if is_dataclass(kind)), None)
+
+    @property
     def allowed(self) -> str:
         """What may be written, in words."""
         return _describe(self.type)
@@ -63,6 +70,8 @@ def _describe(annotation: Any) -> str:
         return f"a list, each {_describe(get_args(annotation)[0])}"
     if get_origin(annotation) is dict:
         return "any key: value pairs"
+    if is_dataclass(annotation):
+        return f"{{{', '.join(part.name for part in fields(annotation))}}}"
     if isinstance(annotation, type) and issubclass(annotation, Enum):
         return "one of " + ", ".join(member.name for member in annotation)
     return _TYPE_WORDS.get(annotation, str(annotation))
@@ -91,11 +100,24 @@ def section_names() -> tuple[str, ...]:
     return tuple(dict.fromkeys(path.split(".")[0] for path in schema_keys() if "." in path))
 
 
+def entry_keys(key: Key) -> dict[str, Key]:
+    """The fields of one entry of a list, by their names; empty for other keys."""
+    return {part.path: part for part in _walk(key.entry, "")} if key.entry else {}
+
+
 def find_key(path: str) -> Key | None:
-    """The setting that a dotted path addresses, through a free dictionary too; None if unknown."""
+    """The setting that a dotted path addresses; None if unknown.
+
+    Paths reach through a free dictionary, and into lists where OmegaConf names an entry's field, as
+    in `users.adapters[0].user`.
+    """
     keys = schema_keys()
     if path in keys:
         return keys[path]
+    if entry := re.fullmatch(r"(.+)\[\d+\](?:\.(.+))?", path):
+        owner = keys.get(entry[1])
+        field = owner and entry_keys(owner).get(entry[2])
+        return replace(field, path=path) if field else owner
     return next((k for k in keys.values() if k.is_open and path.startswith(f"{k.path}.")), None)
 
 
@@ -106,9 +128,14 @@ def choice_key(group: str) -> str:
 
 
 def word(value: object) -> str:
-    """A value as a user would write it."""
+    """A value as a user would write it; of a list's entries what is set."""
     if isinstance(value, Enum):
         return value.name
+    if isinstance(value, list):
+        return f"[{','.join(word(part) for part in value)}]"
+    if is_dataclass(value):
+        given = ((part.name, getattr(value, part.name)) for part in fields(value))
+        return f"{{{','.join(f'{name}:{word(one)}' for name, one in given if one is not None)}}}"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value)
@@ -117,14 +144,16 @@ def word(value: object) -> str:
 def nearest(given: str, allowed: Iterable[str]) -> str | None:
     """The allowed name most like the given one, or None if none is close.
 
-    A name without its section finds its home: `lr` is `optimizer.lr`, `epoch` is `trainer.epochs`.
+    A name without its section finds its home: `lr` is `optimizer.lr`, `epoch` is `trainer.epochs`;
+    so does a name that only another section has: `merge.reduce` is `users.reduce`.
     """
     names = list(allowed)
     by_last_part: dict[str, str] = {}
     for name in names:
         by_last_part.setdefault(name.rsplit(".", 1)[-1], name)
     last_part = given.rsplit(".", 1)[-1]
-    if last_part in by_last_part and "." not in given:
+    homes = sum(name.rsplit(".", 1)[-1] == last_part for name in names)
+    if homes == 1 or (homes and "." not in given):
         return by_last_part[last_part]
     if close := difflib.get_close_matches(given, names, n=1):
         return close[0]

@@ -16,6 +16,7 @@ from cola.config.choices import (
 )
 from cola.config.keys import choice_key, flatten, word
 from cola.config.schema import ExperimentConfig
+from cola.config.user_checks import SEVERAL_USERS
 from cola.errors import ConfigError
 
 _ADALORA = {MethodName.adalora}
@@ -85,7 +86,12 @@ def _check_own_keys(config: ExperimentConfig, given: Collection[str]) -> None:
 
 def _check_other_groups(config: ExperimentConfig, given: Collection[str]) -> None:
     """Refuses explicit values of groups that a baseline does not have."""
-    method = config.method.name
+    method, users = config.method.name, config.users.name
+    if users.owns_adapters:
+        raise ConfigError(
+            f"users={users.name} with method={method.name}: only method=cola gives every user "
+            "adapters of their own; use users=one or joint, or method=cola"
+        )
     allowed, values = _neutral_settings(config), flatten(config)
     takes = "adapter.rank and adapter.alpha alone" if method is MethodName.lora else "none"
     for name in sorted(given):
@@ -109,7 +115,8 @@ def _check_other_groups(config: ExperimentConfig, given: Collection[str]) -> Non
 
 def _neutral_settings(config: ExperimentConfig) -> set[str]:
     """Explicit settings that a baseline may carry, because they say what it does anyway."""
-    neutral = {"users", "users.name"}
+    # Whose rows are scored apart is nothing that a method could not do.
+    neutral = {"users", "users.name", *(f"users.{key}" for key in SEVERAL_USERS)}
     if config.method.name is MethodName.lora:
         neutral |= {"adapter.rank", "adapter.alpha"}
         if config.adapter.kind is AdapterKind.lowrank:

@@ -16,7 +16,14 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cola.config.groups import group_choices
-from cola.config.keys import Key, find_key, nearest_words, schema_keys, section_names
+from cola.config.keys import (
+    Key,
+    entry_keys,
+    find_key,
+    nearest_words,
+    schema_keys,
+    section_names,
+)
 from cola.config.schema import ExperimentConfig
 from cola.errors import ConfigError
 
@@ -141,7 +148,7 @@ def _check_key(line: str, override: Override, groups: Mapping[str, Collection[st
             return line
         raise ConfigError(f"{line}: a key cannot be deleted; set {name} to {key.allowed}")
     if key.is_list:
-        line = _with_brackets(line, override)
+        line = _with_brackets(line, override, key)
         override = _parse(line)
     if not override.is_sweep_override():
         _check_value(line, override, key)
@@ -149,23 +156,23 @@ def _check_key(line: str, override: Override, groups: Mapping[str, Collection[st
     return ("++" if key.is_open and name != key.path else "") + line.lstrip("+")
 
 
-def _with_brackets(line: str, override: Override) -> str:
-    """The override of a list in which a plain value stands for a list of one: `model.sites=all`."""
+def _with_brackets(line: str, override: Override, key: Key) -> str:
+    """The override of a list in which one value stands for a list of one: `model.sites=all`."""
     value = override._value  # value() would drop the quotes
     choices: list[Any] = value.list if isinstance(value, ChoiceSweep) else [value]
-    if not any(_is_plain(choice) for choice in choices):
+    if not any(_stands_alone(choice, key) for choice in choices):
         return line
-    listed = [[choice] if _is_plain(choice) else choice for choice in choices]
+    listed = [[choice] if _stands_alone(choice, key) else choice for choice in choices]
     words = ",".join(Override._get_value_element_as_str(choice) for choice in listed)
     return f"{line.partition('=')[0]}={words}"
 
 
-def _is_plain(value: object) -> bool:
-    """Whether it is one value, no list, and neither nothing nor a reference to another key."""
+def _stands_alone(value: object, key: Key) -> bool:
+    """Whether it is one element, no list, and neither nothing nor a reference to another key."""
     text = value.text if isinstance(value, QuotedString) else value
     if isinstance(text, str):
         return text != "" and not text.startswith("${")
-    return isinstance(text, int | float)
+    return isinstance(text, dict if key.entry else int | float)
 
 
 def _unknown_key(line: str, override: Override, groups: Mapping[str, Collection[str]]) -> str:
@@ -192,8 +199,11 @@ def _keys_of(section: str) -> str:
 
 
 def _check_value(line: str, override: Override, key: Key) -> None:
-    probe = OmegaConf.structured(ExperimentConfig)
     value = override.value()
+    if key.entry and isinstance(value, list):
+        for entry in value:
+            _check_entry(line, entry, key)
+    probe = OmegaConf.structured(ExperimentConfig)
     try:
         OmegaConf.update(probe, override.key_or_group, value)
     except OmegaConfBaseException:
@@ -201,3 +211,27 @@ def _check_value(line: str, override: Override, key: Key) -> None:
             raise ConfigError(f"{line}: {reason}") from None
         near = nearest_words(str(value), key.choices) if key.choices else ""
         raise ConfigError(f"{line}: wrong value; {near}allowed: {key.allowed}") from None
+
+
+def _check_entry(line: str, entry: Any, key: Key) -> None:
+    """Checks one {name: value, ...} of a list, since OmegaConf does not say where it failed."""
+    known = entry_keys(key)
+    if not isinstance(entry, dict):
+        raise ConfigError(f"{line}: wrong value; allowed: {key.allowed}")
+    for name, value in entry.items():
+        if name not in known:
+            near = nearest_words(str(name), known)
+            raise ConfigError(
+                f"{line}: no such key '{name}' in an entry; {near}allowed: {', '.join(known)}"
+            )
+        try:
+            OmegaConf.update(OmegaConf.structured(key.entry), name, value)
+        except OmegaConfBaseException:
+            field = known[name]
+            near = nearest_words(str(value), field.choices) if field.choices else ""
+            raise ConfigError(
+                f"{line}: wrong value of '{name}'; {near}allowed: {field.allowed}"
+            ) from None
+    for name, field in known.items():
+        if field.default == "???" and name not in entry:
+            raise ConfigError(f"{line}: an entry lacks '{name}'; give it {field.allowed}")

@@ -14,12 +14,14 @@ from cola.config.choices import (
     DType,
     EvaluationMerge,
     Family,
+    LateUser,
     MergeMode,
     MethodName,
     ModelSource,
     Objective,
     OffloadTarget,
     OptimizerName,
+    OtherUsers,
     Padding,
     Pristine,
     Reduction,
@@ -27,6 +29,8 @@ from cola.config.choices import (
     ScheduleName,
     SelectOn,
     TrackingName,
+    UserGradient,
+    UserLoss,
     UsersMode,
 )
 
@@ -112,10 +116,47 @@ class MethodConfig:
 
 
 @dataclass(kw_only=True)
+class UserAdapterConfig:
+    """What one user has otherwise than the run; null is as the run has it."""
+
+    user: str = MISSING
+    kind: AdapterKind | None = None
+    rank: int | None = None
+    hidden: list[int] | None = None
+    alpha: float | None = None
+    lr: float | None = None
+    optimizer: OptimizerName | None = None
+
+
+@dataclass(kw_only=True)
+class UserVisitConfig:
+    """When a user takes part, and what its adapters start from."""
+
+    user: str = MISSING
+    join: int = 1  # first step with the user's rows
+    leave: int | None = None  # first step without them; None: stays
+    init: str | None = None  # folder of adapters that left a run; None: fresh ones
+
+
+@dataclass(kw_only=True)
 class UsersConfig:
-    """Who owns adapters and data."""
+    """Who owns data and adapters."""
 
     name: UsersMode = MISSING
+    num: int | None = None  # K; None: as many as the data or `names` has
+    column: str | None = None  # column that names a row's user; None: the set's own, else shards
+    names: list[str] | None = None  # in order; None: the set's own order, else the largest first
+    others: OtherUsers = OtherUsers.refuse
+    kinds: list[str] | None = None  # adapter kinds of equal parts of the users, in order
+    adapters: list[UserAdapterConfig] = field(default_factory=list)
+    gradient: UserGradient = UserGradient.federated
+    reduce: Reduction = Reduction.mean  # of the users' delta weights in a merge
+    loss: UserLoss = UserLoss.batch
+    schedule: list[UserVisitConfig] = field(default_factory=list)
+    local: list[str] = field(default_factory=list)  # users who fit in processes of their own
+    local_dir: str | None = None  # where data is handed over; None: `local` in the run's folder
+    local_seconds: float = 60.0  # how long an adaptation waits for them
+    local_late: LateUser = LateUser.wait
 
 
 @dataclass(kw_only=True)

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
-from cola.config.choices import MethodName
+from cola.config.choices import MethodName, UsersMode
 from cola.config.defaults import resolve_defaults
 from cola.config.groups import conf_dir
 from cola.config.keys import find_key
@@ -59,12 +59,15 @@ def _run_family(_root_: DictConfig) -> str:
 def _run_id(_root_: DictConfig) -> str:
     """`20261122-075501-mrpc-cola-lowrank-s0-3fa9c1`: sorts by time, says what it is, is unique.
 
-    The last part is random, for jobs of one sweep that start in the same second.
+    With several users `joint-lowrank` or `alone-lowrank-linear` in the place of `lowrank`. The last
+    part is random, for jobs of one sweep that start in the same second.
     """
-    method = _root_.method.name
+    method, users = _root_.method.name, _root_.users
     parts = [_root_.task.subset or _root_.task.name, method.name]
+    if users.name is not UsersMode.one:
+        parts.append(users.name.name)
     if method is MethodName.cola:
-        parts.append(_root_.adapter.kind.name)
+        parts += dict.fromkeys(users.kinds or [_root_.adapter.kind.name])
     label = re.sub(r"[^A-Za-z0-9_.-]", "_", "-".join([*parts, f"s{_root_.seed}"]))
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{label}-{secrets.token_hex(3)}"
 

@@ -5,17 +5,12 @@ against layer size, sites) is checked with the models. No Hydra and no torch: a 
 must answer at once.
 """
 
-import math
-import re
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from cola.config.choices import (
     AdapterKind,
     DType,
-    EvaluationMerge,
     MergeMode,
     MethodName,
     ModelSource,
@@ -27,91 +22,13 @@ from cola.config.choices import (
 from cola.config.keys import flatten, nearest_words, word
 from cola.config.method_checks import check_method
 from cola.config.own_data import check_own_data
+from cola.config.ranges import RANGES
 from cola.config.schema import ExperimentConfig
+from cola.config.user_checks import check_users
 from cola.errors import ConfigError
-
-_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 # Named here too, although the tasks know them, so that a typo is found before torch is imported.
 SUBSETS = {"glue": ("cola", "mnli", "sst2", "mrpc", "qnli", "qqp", "rte", "stsb")}
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Range:
-    """Values a key may take, as a test and in words."""
-
-    contains: Callable[[Any], bool]
-    words: str
-
-
-_COUNT = _Range(contains=lambda value: value >= 1, words="a whole number >= 1")
-_OPTIONAL_COUNT = _Range(
-    contains=lambda value: value is None or value >= 1, words="a whole number >= 1, or null"
-)
-_SIZE = _Range(contains=lambda value: value >= 0, words="a whole number >= 0")
-_OPTIONAL_SIZE = _Range(
-    contains=lambda value: value is None or value >= 0, words="a whole number >= 0, or null"
-)
-_SEED = _Range(contains=lambda value: 0 <= value < 2**32, words="a whole number from 0 to 2**32-1")
-# NaN fails every comparison, so these ranges exclude it.
-_POSITIVE = _Range(contains=lambda value: 0 < value < math.inf, words="a number > 0")
-_NOT_NEGATIVE = _Range(contains=lambda value: 0 <= value < math.inf, words="a number >= 0")
-_FRACTION = _Range(contains=lambda value: 0 <= value < 1, words="a number from 0 to below 1")
-
-_RANGES: dict[str, _Range] = {
-    "task.max_length": _COUNT,
-    "task.max_train_rows": _OPTIONAL_COUNT,
-    "task.max_eval_rows": _OPTIONAL_COUNT,
-    "task.num_labels": _Range(  # 0: the task's code knows
-        contains=lambda value: value >= 0, words="a whole number >= 0"
-    ),
-    "task.image_shape": _Range(
-        contains=lambda shape: shape is None or (len(shape) == 3 and min(shape) >= 1),
-        words="[channels, height, width], each >= 1, or null",
-    ),
-    "adapter.rank": _COUNT,
-    "adapter.hidden": _Range(
-        contains=lambda widths: len(widths) > 0 and min(widths) >= 1,
-        words="at least one width, each >= 1",
-    ),
-    "adapter.alpha": _POSITIVE,
-    "method.init_rank": _COUNT,
-    "method.target_rank": _COUNT,
-    "method.beta": _Range(contains=lambda value: 0 < value < 1, words="a number above 0, below 1"),
-    "method.delta_t": _COUNT,
-    "method.init_ratio": _FRACTION,
-    "method.final_ratio": _FRACTION,
-    "method.orth_weight": _NOT_NEGATIVE,
-    "method.virtual_tokens": _COUNT,
-    "method.init_text": _Range(contains=str.strip, words="a text that is not blank"),  # type: ignore[arg-type]
-    "method.encoder_hidden": _COUNT,
-    "offload.workers": _OPTIONAL_COUNT,
-    "optimizer.lr": _Range(
-        contains=lambda value: value is None or 0 < value < math.inf,
-        words="a number > 0, or null for the default of the method and task",
-    ),
-    "optimizer.weight_decay": _NOT_NEGATIVE,
-    "optimizer.momentum": _FRACTION,
-    "optimizer.clip_norm": _POSITIVE,
-    "schedule.warmup_ratio": _FRACTION,
-    "trainer.epochs": _COUNT,
-    "trainer.max_steps": _OPTIONAL_COUNT,
-    "trainer.batch_size": _COUNT,
-    "trainer.interval": _COUNT,
-    "trainer.log_every": _COUNT,
-    "trainer.eval_every": _OPTIONAL_COUNT,
-    "evaluation.batch_size": _COUNT,
-    "evaluation.num_samples": _SIZE,
-    "generation.max_new_tokens": _OPTIONAL_COUNT,
-    "generation.num_beams": _OPTIONAL_COUNT,
-    "generation.no_repeat_ngram": _OPTIONAL_SIZE,
-    "generation.batch_size": _COUNT,
-    "checkpoint.every": _OPTIONAL_COUNT,
-    "checkpoint.keep": _COUNT,
-    "seed": _SEED,
-    "split_seed": _SEED,
-    "device": _Range(contains=_DEVICE.fullmatch, words="auto, cpu, cuda or cuda:INDEX"),  # type: ignore[arg-type]
-}
 
 
 def validate(config: ExperimentConfig, given: Collection[str] = ()) -> None:
@@ -126,12 +43,13 @@ def validate(config: ExperimentConfig, given: Collection[str] = ()) -> None:
         ConfigError: what was given, what is allowed, what to change.
     """
     values = flatten(config)
-    for key, allowed in _RANGES.items():
+    for key, allowed in RANGES.items():
         if not allowed.contains(values[key]):
             raise ConfigError(f"{key}={word(values[key])}: wrong value; allowed: {allowed.words}")
     _check_subset(config)
     _check_model_and_task(config)
     check_method(config, given)
+    check_users(config, given)
     _check_merge(config)
     _check_optimizer(config)
     _check_data_dir(config)
@@ -179,18 +97,23 @@ def _check_model_and_task(config: ExperimentConfig) -> None:
 
 
 def _check_merge(config: ExperimentConfig) -> None:
-    merge, is_cola = config.merge, config.method.name is MethodName.cola
-    is_mlp = config.adapter.kind is AdapterKind.mlp
-    if is_cola and is_mlp and merge.mode is MergeMode.merged:
+    merge = config.merge
+    # Users with adapters of their own may have other kinds; see `check_users`.
+    is_one_mlp = (
+        config.method.name is MethodName.cola
+        and config.adapter.kind is AdapterKind.mlp
+        and not config.users.name.owns_adapters
+    )
+    if is_one_mlp and merge.mode is MergeMode.merged:
         raise ConfigError(
             "merge=merged with adapter=mlp: only an adapter that is linear in its input can be "
             "merged (Proposition 2); use adapter=lowrank or linear, or merge=unmerged"
         )
-    if is_cola and is_mlp and config.evaluation.merge is EvaluationMerge.merged:
+    if is_one_mlp and config.evaluation.merge.merges:
         raise ConfigError(
-            "evaluation.merge=merged with adapter=mlp: only an adapter that is linear in its input "
-            "can be merged (Proposition 2); use adapter=lowrank or linear, or "
-            "evaluation.merge=unmerged"
+            f"evaluation.merge={config.evaluation.merge.name} with adapter=mlp: only an adapter "
+            "that is linear in its input can be merged (Proposition 2); use adapter=lowrank or "
+            "linear, or evaluation.merge=unmerged"
         )
     if merge.rounding is Rounding.stochastic and config.model.dtype is not DType.bfloat16:
         raise ConfigError(
@@ -212,8 +135,8 @@ def _check_merge(config: ExperimentConfig) -> None:
 
 def _check_optimizer(config: ExperimentConfig) -> None:
     optimizer = config.optimizer
-    is_sgd = optimizer.name is OptimizerName.sgd
-    if is_sgd and optimizer.nesterov and optimizer.momentum == 0:
+    names = [optimizer.name, *(entry.optimizer for entry in config.users.adapters)]
+    if OptimizerName.sgd in names and optimizer.nesterov and optimizer.momentum == 0:
         raise ConfigError(
             "optimizer.momentum=0 with optimizer.nesterov=true: Nesterov needs a momentum; set "
             "optimizer.nesterov=false or optimizer.momentum=0.9"

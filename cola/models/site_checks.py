@@ -11,10 +11,17 @@ from cola.sites import SiteName, SiteSpec
 _NUM_NAMED = 3  # sites that an error lists
 
 
-def check_rank(sites: Mapping[SiteName, SiteSpec], rank: int) -> None:
+def check_rank(
+    sites: Mapping[SiteName, SiteSpec], rank: int, *, setting: str = "adapter.rank"
+) -> None:
     """Refuses a low-rank adapter that has more ranks than its site's weight can have.
 
     Heads are left out: they get a linear adapter whatever the kind.
+
+    Args:
+        sites: of the model.
+        rank: of the adapters.
+        setting: what gives the rank, for the message.
 
     Raises:
         ConfigError: names the sites and the largest rank that fits all of them.
@@ -26,8 +33,8 @@ def check_rank(sites: Mapping[SiteName, SiteSpec], rank: int) -> None:
     named = ", ".join(f"{name} ({limit})" for name, limit in list(too_small.items())[:_NUM_NAMED])
     more = f" and {len(too_small) - _NUM_NAMED} more" if len(too_small) > _NUM_NAMED else ""
     raise ConfigError(
-        f"adapter.rank={rank} is above the smaller side of {named}{more}; "
-        f"set adapter.rank to at most {min(too_small.values())}"
+        f"{setting}={rank} is above the smaller side of {named}{more}; "
+        f"set it to at most {min(too_small.values())}"
     )
 
 

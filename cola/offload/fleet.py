@@ -16,18 +16,19 @@ import torch
 from torch import Tensor
 
 from cola.adaptation_data import AdaptationData
-from cola.adapters import Adapter
 from cola.config.choices import ClipMode
 from cola.config.schema import OptimizerConfig
 from cola.errors import ColaError, OffloadError
 from cola.meters import add_held
-from cola.offload.fitter import AdapterFitter, Fit
+from cola.offload.fitter import Fit, Fitter
+from cola.offload.local_users import LocalUsers
 from cola.offload.transfer import Parcel, Transfer
 from cola.offload.worker import Worker
 from cola.sites import SiteName
+from cola.user_adapters import SiteAdapter
 
 Published = Mapping[str, Tensor]
-Publish = Callable[[Adapter], Published]
+Publish = Callable[[SiteAdapter], Published]
 
 MAX_PENDING_PER_SITE = 2
 """Batches of one site that may wait for its worker before the base model has to."""
@@ -37,7 +38,7 @@ MAX_PENDING_PER_SITE = 2
 class _Slot:
     """Adapters that step together, their worker, and what is under way for them."""
 
-    fitter: AdapterFitter
+    fitter: Fitter
     worker: Worker
     version: int
     published: "Future[dict[SiteName, Published]]"
@@ -63,13 +64,14 @@ class Fleet:
 
     def __init__(
         self,
-        fitters: Sequence[AdapterFitter],
+        fitters: Sequence[Fitter],
         workers: Sequence[Worker],
         *,
         transfer: Transfer,
         publish: Publish,
         optimizer: OptimizerConfig,
         overlaps: bool,
+        local: LocalUsers | None = None,
     ) -> None:
         """Takes over the fitters and publishes version 0.
 
@@ -82,17 +84,19 @@ class Fleet:
             optimizer: for its clipping across sites.
             overlaps: whether a fit may run beside the backward pass. If not, adapters are stepped
                 after it, so that the base model may use the very tensors that are stepped.
+            local: users who fit in processes of their own.
         """
         self._publish = publish
+        self._transfer = transfer
         self._slots = [
             _Slot(fitter, workers[index % len(workers)], 0, self._ready(fitter))
             for index, fitter in enumerate(fitters)
         ]
         self._slot_of = {site: slot for slot in self._slots for site in slot.fitter.adapters}
         self._workers = list(workers)
-        self._transfer = transfer
         self._global_clip = optimizer.clip_norm if optimizer.clip is ClipMode["global"] else None
         self._overlaps = overlaps
+        self._local = local
         self._staged = _StagedBytes()
         self._fit: Fit | None = None
 
@@ -119,19 +123,24 @@ class Fleet:
 
     def close(self, site: SiteName) -> None:
         """The site's data of this step is complete; starts its fit unless a barrier bars it."""
-        if self._fit is not None and self._overlaps and self._global_clip is None:
+        if self._fit is not None and self._overlaps and not self._has_barrier:
             self._submit_fit(self._slot_of[site], self._fit, 1.0)
 
     def finish(self) -> None:
         """Starts the fits that `close` could not.
 
         These are sites whose last batch brought no gradient, and all sites behind a barrier:
-        clipping by the global norm, or adapters on the base device.
+        clipping by the global norm, users who fit elsewhere and are waited for here, or adapters on
+        the base device.
         """
         assert self._fit is not None
+        if self._local is not None and self._local.are_present:
+            self._await_data()
+            self._local.hand_over(self._fit)
+            self._local.collect(self._fit.number)
         factor: float | Tensor = 1.0
         if self._global_clip is not None:
-            factor = self._global_clip_factor(self._global_clip, self._fit.gradient_scale)
+            factor = self._global_clip_factor(self._global_clip, self._fit)
         for slot in self._slots:
             if slot.version < self._fit.number:
                 self._submit_fit(slot, self._fit, factor)
@@ -151,12 +160,14 @@ class Fleet:
             slot.fitter.check_finite(slot.version)
 
     def stop(self) -> None:
-        """Ends the workers."""
+        """Ends the workers, and users' own processes."""
+        if self._local is not None:
+            self._local.close()
         for worker in self._workers:
             worker.stop()
 
     @contextmanager
-    def drained(self) -> Iterator[dict[SiteName, Adapter]]:
+    def drained(self) -> Iterator[dict[SiteName, SiteAdapter]]:
         """The adapters by site, with nothing under way."""
         self.drain()
         yield {s: adapter for slot in self._slots for s, adapter in slot.fitter.adapters.items()}
@@ -164,6 +175,10 @@ class Fleet:
     def busy_seconds(self) -> float:
         """Time spent in fits, summed over workers."""
         return sum(worker.busy_seconds() for worker in self._workers)
+
+    def waited_seconds(self) -> float:
+        """Time that `finish` waited for users' own processes."""
+        return 0.0 if self._local is None else self._local.waited_seconds
 
     def wire_bytes(self, returned_bytes: int) -> int:
         """Bytes moved so far, parameters returned included; none if adapters stay."""
@@ -187,11 +202,20 @@ class Fleet:
         self.drain()
         for slot in self._slots:
             slot.fitter.load_state_dict(state)
+        self.republish(version)
+
+    def republish(self, version: int) -> None:
+        """Publishes what the adapters are now, after they were changed from outside."""
+        for slot in self._slots:
             slot.version, slot.published = version, self._ready(slot.fitter)
 
-    def _ready(self, fitter: AdapterFitter) -> "Future[dict[SiteName, Published]]":
+    def _deliver(self, adapter: SiteAdapter) -> Published:
+        """Line 15: what the base device needs, where it fetches it from."""
+        return self._transfer.stage(self._publish(adapter))
+
+    def _ready(self, fitter: Fitter) -> "Future[dict[SiteName, Published]]":
         future: Future[dict[SiteName, Published]] = Future()
-        future.set_result({s: self._publish(adapter) for s, adapter in fitter.adapters.items()})
+        future.set_result({s: self._deliver(adapter) for s, adapter in fitter.adapters.items()})
         return future
 
     def _accumulate(self, slot: _Slot, site: SiteName, parcel: Parcel) -> None:
@@ -213,19 +237,31 @@ class Fleet:
             adapters = slot.fitter.adapters
             with _named(adapters):
                 stepped = slot.fitter.step(fit, clip_factor)
-                return published | {site: self._publish(adapters[site]) for site in stepped}
+                return published | {site: self._deliver(adapters[site]) for site in stepped}
 
         slot.published = slot.worker.submit(run)
 
-    def _global_clip_factor(self, clip_norm: float, gradient_scale: float) -> Tensor:
-        for slot in self._slots:  # the barrier: every gradient has to be complete
+    @property
+    def _has_barrier(self) -> bool:
+        """Whether no fit may start before the data of all sites is complete."""
+        has_local = self._local is not None and self._local.are_present
+        return self._global_clip is not None or has_local
+
+    def _await_data(self) -> None:
+        """The barrier: what has arrived is counted in, and the fits before are over."""
+        for slot in self._slots:
             for future in slot.pending:
                 future.result()
+            slot.published.result()
+
+    def _global_clip_factor(self, clip_norm: float, fit: Fit) -> Tensor:
+        """Over all sites, a scalar; over each user's own, (K,)."""
+        self._await_data()
         norms = torch.stack(
-            [slot.fitter.gradient_norm(s, gradient_scale) for s, slot in self._slot_of.items()]
+            [slot.fitter.gradient_norm(s, fit) for s, slot in self._slot_of.items()]
         )
         # A site whose gradient is not finite stops by itself; it must not spoil the others.
-        norm = torch.linalg.vector_norm(torch.where(norms.isfinite(), norms, 0.0))
+        norm = torch.linalg.vector_norm(torch.where(norms.isfinite(), norms, 0.0), dim=0)
         factor: Tensor = clip_norm / (norm + 1e-6)
         return factor.clamp(max=1.0)
 

@@ -1,10 +1,13 @@
-"""Moves adaptation data from the base device to the offload device. Algorithm 1, line 9.
+"""Moves adaptation data from the base device to the offload device, and parameters back.
 
-From a GPU the copies go to pinned host memory on a side stream, and the worker waits for them, not
-the base device: a blocking copy in a hook would stall forward and backward at every site.
+Algorithm 1, lines 9 and 15. From a GPU the copies go to pinned host memory on a side stream, and
+the worker waits for them, not the base device: a blocking copy in a hook would stall forward and
+backward at every site. What comes back lies in pinned memory too: from there the base device
+fetches it in its own order, several times faster than from pageable memory, and its host does not
+wait.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -38,9 +41,17 @@ class Transfer:
 
         def receive() -> AdaptationData:
             arrived.synchronize()
-            return AdaptationData(hidden_input=hidden_input, hidden_gradient=hidden_gradient)
+            return AdaptationData(
+                hidden_input=hidden_input, hidden_gradient=hidden_gradient, rows=data.rows
+            )
 
         return receive
+
+    def stage(self, published: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Parameters on their way back, laid where the base device fetches them from."""
+        if self._stream is None or self._target.type != "cpu":
+            return published
+        return {name: tensor.pin_memory() for name, tensor in published.items()}
 
     def _copy(self, tensor: Tensor, stream: torch.cuda.Stream) -> Tensor:
         pinned = self._target.type == "cpu"

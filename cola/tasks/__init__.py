@@ -5,13 +5,14 @@ reading data; `load_task` then reads, splits and encodes. A task is an entry of 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cola.config.choices import Family, Objective
 from cola.config.schema import TaskConfig
 from cola.errors import ConfigError
 from cola.interfaces import Problem, Score, TaskData
+from cola.tasks.bad_rows import BadRows
 from cola.tasks.encoding import TaskRequest
 from cola.tasks.glue import load_glue, resolve_subset
 from cola.tasks.images import load_digits, load_image_set
@@ -148,6 +149,8 @@ def load_task(
     data_dir: str | None,
     split_seed: int,
     decoder_start_id: int | None = None,
+    user_column: str | None = None,
+    isolates_users: bool = False,
 ) -> TaskData:
     """Read, split and encode a task.
 
@@ -160,11 +163,20 @@ def load_task(
             the hub (built-in sets read neither).
         split_seed: of the hold-out; apart from the training seed, so that seeds share a split.
         decoder_start_id: token id that an encoder-decoder starts writing from.
+        user_column: names a row's user; None: the set's own column, if it has one.
+        isolates_users: a row that cannot be read stops its user alone, where that is known.
 
     Raises:
-        ConfigError: the model does not fit the task.
+        ConfigError: the model does not fit the task, or images have no users.
         DataError: the data is missing or cannot be read.
     """
+    found = _find(task)
+    if user_column is not None and problem.objective is Objective.image:
+        raise ConfigError(
+            f"users.column={user_column}: task={task.name} holds images, which have no columns; "
+            "leave it out and set users.num=K to deal them into equal parts"
+        )
+    bad_rows = BadRows(isolates=isolates_users)
     request = TaskRequest(
         task=task,
         problem=problem,
@@ -172,9 +184,11 @@ def load_task(
         score=score,
         data_dir=data_dir,
         split_seed=split_seed,
+        bad_rows=bad_rows,
         decoder_start_id=decoder_start_id,
+        user_column=user_column,
     )
-    return _find(task).load(request)
+    return replace(found.load(request), bad_users=bad_rows.users)
 
 
 def _find(task: TaskConfig) -> _Task:

@@ -40,7 +40,7 @@ class TextCollator:
     label_dtype: torch.dtype
 
     def __call__(self, rows: Sequence[Example]) -> Batch:
-        """Pad rows; `num_terms` is their number."""
+        """Pad rows; each is one term."""
         ids = [row["input_ids"] for row in rows]
         mask = _right_mask(ids, self.length)  # (B, T)
         inputs = {"input_ids": _pad(ids, mask, self.pad_id), "attention_mask": mask.long()}
@@ -48,7 +48,7 @@ class TextCollator:
             types = [row["token_type_ids"] for row in rows]
             inputs["token_type_ids"] = _pad(types, mask, self.pad_type_id)
         labels = torch.tensor([row["label"] for row in rows], dtype=self.label_dtype)
-        return Batch(inputs=inputs, labels=labels, num_terms=len(rows))
+        return _batch(inputs, labels, torch.ones(len(rows), dtype=torch.long))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class CausalCollator:
     length: int | None
 
     def __call__(self, rows: Sequence[Example]) -> Batch:
-        """Pad rows; `num_terms` counts the labels that the shifted loss scores."""
+        """Pad rows; terms are the labels that the shifted loss scores."""
         ids = [row["input_ids"] for row in rows]
         mask = _left_mask(ids, self.length)  # (B, T)
         labels = _pad([row["labels"] for row in rows], mask, IGNORED)
@@ -77,8 +77,7 @@ class CausalCollator:
             "attention_mask": mask.long(),
             "position_ids": (mask.long().cumsum(dim=1) - 1).clamp(min=0),
         }
-        num_terms = int((labels[:, 1:] != IGNORED).sum())
-        return Batch(inputs=inputs, labels=labels, num_terms=num_terms)
+        return _batch(inputs, labels, (labels[:, 1:] != IGNORED).sum(dim=1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +95,7 @@ class PairCollator:
     length: int | None
 
     def __call__(self, rows: Sequence[Example]) -> Batch:
-        """Pad rows; `num_terms` counts label tokens."""
+        """Pad rows; terms are label tokens."""
         ids, targets = [row["input_ids"] for row in rows], [row["labels"] for row in rows]
         mask, is_scored = _right_mask(ids, self.length), _right_mask(targets, self.length)
         labels = _pad(targets, is_scored, IGNORED)  # (B, T)
@@ -108,7 +107,7 @@ class PairCollator:
             "attention_mask": mask.long(),
             "decoder_input_ids": decoder_ids,
         }
-        return Batch(inputs=inputs, labels=labels, num_terms=int(is_scored.sum()))
+        return _batch(inputs, labels, is_scored.sum(dim=1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +133,7 @@ def collate_images(rows: Sequence[Example]) -> Batch:
     """Stack rows with `pixels` (C, H, W) float32 and an integer `label`."""
     labels = torch.tensor([row["label"] for row in rows])
     pixels = torch.stack([row["pixels"] for row in rows])  # (B, C, H, W)
-    return Batch(inputs={"pixels": pixels}, labels=labels, num_terms=len(rows))
+    return _batch({"pixels": pixels}, labels, torch.ones(len(rows), dtype=torch.long))
 
 
 def build_text_collator(
@@ -192,6 +191,12 @@ def _pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
         if isinstance(pad_id, int):
             return pad_id
     raise ConfigError("the tokenizer has neither a padding nor an EOS token to pad with")
+
+
+def _batch(inputs: dict[str, Tensor], labels: Tensor, row_terms: Tensor) -> Batch:
+    """A batch that counts its rows' terms (B,)."""
+    num_terms = int(row_terms.sum())
+    return Batch(inputs=inputs, labels=labels, num_terms=num_terms, row_terms=row_terms)
 
 
 def _right_mask(rows: Sequence[Tensor], fixed: int | None) -> Tensor:

@@ -5,15 +5,14 @@ stored: every token of an unpadded row is real.
 """
 
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cola.config.choices import Objective
 from cola.config.schema import TaskConfig
-from cola.errors import ConfigError, DataError
-from cola.interfaces import Example, Problem, Score
+from cola.errors import ConfigError
+from cola.interfaces import Problem, Score
+from cola.tasks.bad_rows import BadRows
 from cola.tasks.cache import cached_table
 from cola.tasks.rows import EncodedRows, TokenRow, build_table
 from cola.tasks.tokenizing import (
@@ -37,7 +36,7 @@ IGNORED = -100
 
 @dataclass(frozen=True, kw_only=True)
 class TaskRequest:
-    """What a task's loader is given; the fields are the arguments of `load_task`."""
+    """What a task's loader is given: the arguments of `load_task`, and what becomes of bad rows."""
 
     task: TaskConfig
     problem: Problem
@@ -45,7 +44,9 @@ class TaskRequest:
     score: Score
     data_dir: str | None
     split_seed: int
+    bad_rows: BadRows
     decoder_start_id: int | None = None
+    user_column: str | None = None
 
 
 def require_tokenizer(request: TaskRequest) -> "PreTrainedTokenizerBase":
@@ -194,32 +195,6 @@ def encode_responses(
 
     settings = {"form": "response", "max_length": max_length, "with_prompts": with_prompts}
     return _encode(rows, [prompts, responses], tokenizer, settings, name)
-
-
-def check_labels(rows: Sequence[Example], problem: Problem, name: str) -> None:
-    """Refuse labels that the loss cannot take, before they become an index error in it.
-
-    Args:
-        rows: each with a `label`.
-        problem: how many classes there are, or that labels are values.
-        name: the set and split, for the message.
-
-    Raises:
-        DataError: names the first bad row, counted from 1.
-    """
-    for number, row in enumerate(rows, start=1):
-        label = row["label"]
-        if problem.objective is Objective.regression:
-            good, allowed = _is_number(label), "a finite number"
-        else:
-            good = isinstance(label, int) and 0 <= label < problem.num_labels
-            allowed = f"a class from 0 to {problem.num_labels - 1}"
-        if not good:
-            raise DataError(f"{name}, row {number}: label {label!r} is not {allowed}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _encode(

@@ -1,11 +1,15 @@
-"""Values of a raw row, refused where they cannot be what a task needs: text, texts, classes."""
+"""Values of a raw row, refused where they cannot be what a task needs: text, labels, users."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cola.config.choices import Objective
 from cola.errors import DataError
+from cola.interfaces import Example, Problem
 from cola.tasks.sources import Row
+from cola.user_rows import UserId
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,27 @@ class Fields:
             raise self._error((column,), label, f"a class from 0 to {len(words) - 1}")
         return words[label]
 
+    def label(self, column: str, problem: Problem) -> float:
+        """A class or a value that the loss can take.
+
+        Raises:
+            DataError: it cannot.
+        """
+        label: float = self._value((column,))
+        check_label(label, problem, self.place)
+        return label
+
+    def user(self, column: str) -> UserId:
+        """The user that a column names.
+
+        Raises:
+            DataError: it names nobody.
+        """
+        value = self._value((column,))
+        if not is_user(value):
+            raise self._error((column,), value, "the name of a user: text or an integer")
+        return str(value)
+
     def _value(self, path: tuple[str, ...]) -> Any:
         value: Any = self.row
         for depth, name in enumerate(path):
@@ -77,7 +102,47 @@ class Fields:
         return value
 
     def _error(self, path: tuple[str, ...], value: object, wanted: str) -> DataError:
-        return DataError(f"{self.place}: {'.'.join(path)} is {value!r:.80}, but has to be {wanted}")
+        what = ".".join(path) or "the row"
+        return DataError(f"{self.place}: {what} is {value!r:.80}, but has to be {wanted}")
+
+
+def is_user(value: object) -> bool:
+    """Whether a value of a column can be the name of a user."""
+    return not isinstance(value, bool) and isinstance(value, str | int) and bool(str(value).strip())
+
+
+def check_labels(rows: Sequence[Example], problem: Problem, name: str) -> None:
+    """Refuse labels that the loss cannot take, before they become an index error in it.
+
+    Args:
+        rows: each with a `label`.
+        problem: how many classes there are, or that labels are values.
+        name: the set and split, for the message.
+
+    Raises:
+        DataError: names the first bad row, counted from 1.
+    """
+    for number, row in enumerate(rows, start=1):
+        check_label(row["label"], problem, f"{name}, row {number}")
+
+
+def check_label(label: object, problem: Problem, place: str) -> None:
+    """The same of one row's label.
+
+    Raises:
+        DataError: names the place, which is the set, split and number of the row.
+    """
+    if problem.objective is Objective.regression:
+        good, allowed = _is_number(label), "a finite number"
+    else:
+        good = isinstance(label, int) and 0 <= label < problem.num_labels
+        allowed = f"a class from 0 to {problem.num_labels - 1}"
+    if not good:
+        raise DataError(f"{place}: label {label!r} is not {allowed}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _is_full(value: object) -> bool:

@@ -4,18 +4,21 @@ A row's columns are joined with their names, "sentence1: ... sentence2: ...", in
 Selection is on a seeded 5 % of train, reporting on validation, because test labels are not public.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from cola.config.choices import Objective
 from cola.config.schema import TaskConfig
 from cola.errors import ConfigError
-from cola.interfaces import Split, TaskData
+from cola.interfaces import Problem, TaskData
 from cola.tasks.collate import build_text_collator
-from cola.tasks.encoding import TaskRequest, check_labels, encode_texts, require_tokenizer
+from cola.tasks.encoding import TaskRequest, require_tokenizer
 from cola.tasks.fields import Fields
-from cola.tasks.sources import Row, choices_hint, load_rows
+from cola.tasks.reading import read_split
+from cola.tasks.sources import choices_hint
 from cola.tasks.splits import NamedRows, first_rows, hold_out, train_name
+from cola.tasks.text import LabelledRow, encode_labelled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,16 +105,20 @@ def load_glue(request: TaskRequest) -> TaskData:
     """
     task, tokenizer = request.task, require_tokenizer(request)
     subset, limit = resolve_subset(task), task.max_train_rows
-    train, selection = hold_out(_read("train", request, limit), seed=request.split_seed)
+    name = f"glue/{task.subset}"
+    read = {"train": _read("train", request, limit)}
+    read |= {split: _read(split, request) for split in subset.report}
+    parts = request.bad_rows.drop(read, name)
+    train, selection = hold_out(parts["train"], seed=request.split_seed)
     scored = [NamedRows(name=f"5 % of {train_name(limit)}", rows=selection)]
-    scored += [NamedRows(name=name, rows=_read(name, request)) for name in subset.report]
+    scored += [NamedRows(name=split, rows=parts[split]) for split in subset.report]
     chosen, report, *extra = (
-        _encode(first_rows(split, task.max_eval_rows), request) for split in scored
+        encode_labelled(request, name, first_rows(split, task.max_eval_rows)) for split in scored
     )
     return TaskData(
-        name=f"glue/{task.subset}",
+        name=name,
         problem=request.problem,
-        train=_encode(NamedRows(name="train", rows=train), request),
+        train=encode_labelled(request, name, NamedRows(name="train", rows=train)),
         selection=chosen,
         report=report,
         extra_report=extra,
@@ -122,41 +129,31 @@ def load_glue(request: TaskRequest) -> TaskData:
     )
 
 
-def join_columns(row: Row, columns: Sequence[str], place: str) -> str:
+def join_columns(fields: Fields, columns: Sequence[str]) -> str:
     """A row as one string, e.g. "premise: A man sleeps. hypothesis: He is awake.".
 
     Args:
-        row: has the columns.
+        fields: of a row that has the columns.
         columns: in the order in which they are joined.
-        place: set, split and number of the row, for messages.
 
     Raises:
         DataError: a column is no text, or is empty.
     """
-    fields = Fields(row, place)
     return " ".join(f"{column}: {fields.text(column)}" for column in columns)
 
 
-def _read(split: str, request: TaskRequest, limit: int | None = None) -> list[Row]:
-    columns = (*resolve_subset(request.task).columns, "label")
-    rows = load_rows(request.task, split, columns=columns, data_dir=request.data_dir, limit=limit)
-    check_labels(rows, request.problem, f"glue/{request.task.subset} ({split})")
-    return rows
-
-
-def _encode(split: NamedRows[Row], request: TaskRequest) -> Split:
-    """Tokens of a split."""
-    name = f"glue/{request.task.subset} ({split.name})"
-    columns = resolve_subset(request.task).columns
-    texts = [
-        join_columns(row, columns, f"{name}, row {number}")
-        for number, row in enumerate(split.rows, start=1)
-    ]
-    rows = encode_texts(
-        texts,
-        [row["label"] for row in split.rows],
-        tokenizer=require_tokenizer(request),
-        max_length=request.problem.max_length,
-        name=name,
+def _read(split: str, request: TaskRequest, limit: int | None = None) -> list[LabelledRow]:
+    subset = resolve_subset(request.task)
+    return read_split(
+        request,
+        split,
+        partial(_parse, subset, request.problem),
+        name=f"glue/{request.task.subset}",
+        columns=(*subset.columns, "label"),
+        limit=limit,
     )
-    return Split(name=split.name, rows=rows)
+
+
+def _parse(subset: GlueSubset, problem: Problem, fields: Fields) -> Iterator[LabelledRow]:
+    label = fields.label("label", problem)
+    yield LabelledRow(text=join_columns(fields, subset.columns), label=label)

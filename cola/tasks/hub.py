@@ -48,7 +48,7 @@ def list_hub_splits(task: TaskConfig) -> list[str]:
 def iter_hub_rows(
     task: TaskConfig, split: str, *, columns: Sequence[str], limit: int | None
 ) -> Iterator[Mapping[str, Any]]:
-    """Rows of one split of `task.hub`; arguments as in `sources.load_rows`.
+    """Rows of one split of `task.hub`; arguments as in `sources.iter_rows`.
 
     Raises:
         DataError: the hub did not answer, or the set, split or a column is missing.

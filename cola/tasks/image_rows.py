@@ -5,6 +5,7 @@ numbers are drawn on the CPU and pixels are only copied, so CPU and GPU see the 
 Shapes: B rows, C channels.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import overload
 
@@ -59,6 +60,7 @@ class ImageRows(Sequence[Example]):
             inputs={"pixels": self._pixels.index_select(0, indices)},
             labels=self._labels.index_select(0, indices),
             num_terms=len(indices),
+            row_terms=torch.ones(len(indices), dtype=torch.long),
         )
 
 
@@ -87,9 +89,7 @@ def crop_and_flip(batch: Batch, generator: torch.Generator) -> Batch:
     source = (rows[:, :, None] * width + columns[:, None, :]).flatten(1)  # (B, height * width)
     source = source[:, None].expand(-1, channels, -1)
     moved = pixels.flatten(2).gather(2, source).view_as(pixels)
-    return Batch(
-        inputs={**batch.inputs, "pixels": moved}, labels=batch.labels, num_terms=batch.num_terms
-    )
+    return dataclasses.replace(batch, inputs={**batch.inputs, "pixels": moved})
 
 
 def _reflected(moves: Tensor, length: int) -> Tensor:

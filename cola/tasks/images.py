@@ -15,7 +15,8 @@ from torch import Tensor
 from cola.errors import DataError
 from cola.interfaces import Batch, Problem, Split, TaskData
 from cola.tasks.collate import collate_images
-from cola.tasks.encoding import TaskRequest, check_labels
+from cola.tasks.encoding import TaskRequest
+from cola.tasks.fields import check_labels
 from cola.tasks.image_rows import ImageRows, crop_and_flip
 from cola.tasks.sources import load_arrays
 from cola.tasks.splits import NamedRows, first_rows, hold_out, train_name

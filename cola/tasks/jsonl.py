@@ -7,6 +7,7 @@ target. Splits follow the rule of every text set. Each message names the file an
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TypeVar
 
 from cola.config.choices import Objective
@@ -29,7 +30,7 @@ from cola.tasks.text import LabelledRow, TextRow, build_labelled_task, build_tex
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
+T = TypeVar("T", TextRow, LabelledRow)
 
 NAME = "jsonl"
 
@@ -42,7 +43,7 @@ def load_jsonl(request: TaskRequest) -> TaskData:
         DataError: a file or a line cannot be used.
     """
     objective = request.problem.objective
-    parts = read_files(request.task)
+    parts = read_files(request)
     warn_of_copies(parts)
     if objective is not Objective.classification:
         _refuse_classes(request.task, objective)
@@ -89,10 +90,16 @@ def class_names(task: TaskConfig) -> tuple[str, ...]:
             "task.num_labels=NUMBER"
         )
     values: dict[str | int, None] = {}  # a set in the order of the file
+    problems: list[DataError] = []
     for number, row in read_lines(path):
-        value = value_of(row, column, "target", f"{path}, line {number}")
-        place = f"{path}, line {number}, column '{column}'"
-        value = _class_value(value, place)
+        place = f"{path}, line {number}"
+        try:
+            value = value_of(row, column, "task.target", place)
+            place = f"{place}, column '{column}'"
+            value = _class_value(value, place)
+        except DataError as error:  # whom it stops is decided when the rows are read
+            problems.append(error)
+            continue
         first = next(iter(values), value)
         if type(value) is not type(first):
             raise DataError(
@@ -101,6 +108,8 @@ def class_names(task: TaskConfig) -> tuple[str, ...]:
             )
         values[value] = None
     if len(values) < 2:
+        if problems:
+            raise problems[0]
         raise DataError(
             f"{path}: column '{column}' holds {len(values)} classes; classification needs two, so "
             "add rows, or name the classes in task.labels"
@@ -121,8 +130,13 @@ def _split(
     parts: Mapping[str, Sequence[OwnRow]], read: Callable[[OwnRow], T], request: TaskRequest
 ) -> Splits[T]:
     """Splits of rows whose targets are understood."""
+    bad = request.bad_rows
+    understood = {
+        split: [one for row in rows for one in bad.read(row.user, partial(map, read, [row]))]
+        for split, rows in parts.items()
+    }
     return choose_splits(
-        {split: [read(row) for row in rows] for split, rows in parts.items()},
+        bad.drop(understood, NAME),
         name=NAME,
         seed=request.split_seed,
         max_train_rows=request.task.max_train_rows,

@@ -80,6 +80,10 @@ class EncodedRows(Sequence[Example]):
         """The same rows with further values, one per row."""
         return EncodedRows(self._table, {**self._values, **values})
 
+    def column(self, name: str) -> Sequence[Any] | None:
+        """A value of every row, without making the rows; None where they have none of the name."""
+        return self._values.get(name)
+
     def __len__(self) -> int:
         return self._table.num_rows
 

@@ -56,18 +56,6 @@ def list_splits(task: TaskConfig, data_dir: str | None) -> list[str]:
     return _splits_in(_set_folder(_resolve(data_dir), folder_of(task)))
 
 
-def load_rows(
-    task: TaskConfig,
-    split: str,
-    *,
-    columns: Sequence[str],
-    data_dir: str | None,
-    limit: int | None = None,
-) -> list[Row]:
-    """Rows of one split, in file order; see `iter_rows`."""
-    return list(iter_rows(task, split, columns=columns, data_dir=data_dir, limit=limit))
-
-
 def iter_rows(
     task: TaskConfig,
     split: str,
@@ -75,6 +63,7 @@ def iter_rows(
     columns: Sequence[str],
     data_dir: str | None,
     limit: int | None = None,
+    required: Sequence[str] | None = None,
 ) -> Iterator[Row]:
     """Rows of one split, in file order, one at a time.
 
@@ -84,6 +73,7 @@ def iter_rows(
         columns: what every row must have.
         data_dir: folder of local sets, or `builtin`; None reads the hub.
         limit: first rows to keep; None keeps all.
+        required: those columns whose lack in a single line of a file is an error here; None: all.
 
     Raises:
         DataError: a missing folder or split, a broken line, a missing column, no hub.
@@ -91,7 +81,8 @@ def iter_rows(
     if data_dir is None:
         return iter_hub_rows(task, split, columns=columns, limit=limit)
     path = _split_file(_set_folder(_resolve(data_dir), folder_of(task)), split)
-    return (row for _, row in islice(read_lines(path, columns), limit))
+    checked = columns if required is None else required
+    return (row for _, row in islice(read_lines(path, checked), limit))
 
 
 def load_arrays(task: TaskConfig, data_dir: str | None) -> ImageArrays:

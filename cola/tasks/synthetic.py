@@ -6,12 +6,14 @@ majority class, then EOS. A row's category is its user. Rows are the same on eve
 every seed of a run.
 """
 
+import dataclasses
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
 from cola.config.choices import Objective
+from cola.errors import ConfigError
 from cola.interfaces import TaskData
 from cola.synthetic_language import CATEGORY_OPENINGS, FILLERS, WORD_CLASSES
 from cola.tasks.encoding import TaskRequest
@@ -19,6 +21,7 @@ from cola.tasks.splits import NamedRows, Splits, first_rows
 from cola.tasks.text import LabelledRow, TextRow, build_labelled_task, build_text_task
 
 NAME = "synthetic"
+USER_COLUMN = "category"
 ROWS_SEED = 20240422
 NUM_TRAIN = 2000
 NUM_VALIDATION = 200
@@ -59,9 +62,14 @@ def load_synthetic(request: TaskRequest) -> TaskData:
     """Generate and encode the three splits; `split_seed` has no say, since they are fixed.
 
     Raises:
-        ConfigError: the model has no tokenizer.
+        ConfigError: the model has no tokenizer, or `users.column` is no column of the set.
         DataError: `task.num_labels` is below two.
     """
+    if request.user_column not in (None, USER_COLUMN):
+        raise ConfigError(
+            f"users.column={request.user_column}: task={NAME} names users by {USER_COLUMN} alone; "
+            "leave it out"
+        )
     task, stream = request.task, generate_rows()
     train = list(islice(stream, NUM_TRAIN))[: task.max_train_rows]
     selection, report = (
@@ -71,9 +79,12 @@ def load_synthetic(request: TaskRequest) -> TaskData:
     splits = Splits(train=NamedRows(name="train", rows=train), selection=selection, report=report)
     if request.problem.objective is Objective.classification:
         labelled = splits.map(lambda row: row.labelled())
-        return build_labelled_task(request, NAME, labelled, label_names=list(WORD_CLASSES))
-    is_causal = request.problem.objective is Objective.causal
-    return build_text_task(request, NAME, splits.map(lambda row: row.written(is_causal=is_causal)))
+        data = build_labelled_task(request, NAME, labelled, label_names=list(WORD_CLASSES))
+    else:
+        is_causal = request.problem.objective is Objective.causal
+        written = splits.map(lambda row: row.written(is_causal=is_causal))
+        data = build_text_task(request, NAME, written)
+    return dataclasses.replace(data, users=tuple(CATEGORY_OPENINGS))
 
 
 def generate_rows() -> Iterator[SyntheticRow]:

@@ -13,16 +13,16 @@ from cola.interfaces import Split, TaskData
 from cola.tasks.collate import build_prompt_collator, build_text_collator
 from cola.tasks.encoding import (
     TaskRequest,
-    check_labels,
     encode_pairs,
     encode_responses,
     encode_texts,
     require_tokenizer,
 )
+from cola.tasks.fields import check_labels
 from cola.tasks.splits import NamedRows, Splits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TextRow:
     """One row to write an answer to, before encoding.
 
@@ -37,7 +37,7 @@ class TextRow:
     user: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LabelledRow:
     """One row to classify, or to predict the value of, before encoding.
 
@@ -99,12 +99,15 @@ def build_labelled_task(
         DataError: a label is out of range.
     """
     tokenizer = require_tokenizer(request)
+    for split in (splits.train, splits.selection, splits.report):
+        labels = [{"label": row.label} for row in split.rows]
+        check_labels(labels, request.problem, f"{name} ({split.name})")
     return TaskData(
         name=name,
         problem=request.problem,
-        train=_encode_labelled(request, name, splits.train),
-        selection=_encode_labelled(request, name, splits.selection),
-        report=_encode_labelled(request, name, splits.report),
+        train=encode_labelled(request, name, splits.train),
+        selection=encode_labelled(request, name, splits.selection),
+        report=encode_labelled(request, name, splits.report),
         collate=build_text_collator(request.task, request.problem.objective, tokenizer),
         score=request.score,
         tokenizer=tokenizer,
@@ -112,12 +115,17 @@ def build_labelled_task(
     )
 
 
-def _encode_labelled(request: TaskRequest, name: str, split: NamedRows[LabelledRow]) -> Split:
-    labels = [row.label for row in split.rows]
-    check_labels([{"label": label} for label in labels], request.problem, f"{name} ({split.name})")
+def encode_labelled(request: TaskRequest, name: str, split: NamedRows[LabelledRow]) -> Split:
+    """Tokens of one split of a task of classes or values, whose labels are in range.
+
+    Args:
+        request: see `build_labelled_task`.
+        name: the set, for the log.
+        split: rows in plain words.
+    """
     rows = encode_texts(
         [row.text for row in split.rows],
-        labels,
+        [row.label for row in split.rows],
         tokenizer=require_tokenizer(request),
         max_length=request.problem.max_length,
         name=f"{name} ({split.name})",
@@ -127,7 +135,7 @@ def _encode_labelled(request: TaskRequest, name: str, split: NamedRows[LabelledR
 
 def _users(split: NamedRows[TextRow] | NamedRows[LabelledRow]) -> dict[str, Sequence[Any]]:
     users = [row.user for row in split.rows]
-    return {} if None in users else {"user": users}
+    return {"user": users} if any(users) else {}
 
 
 def _encode(

@@ -11,11 +11,14 @@ from dataclasses import dataclass, replace
 from cola.config.choices import Objective
 from cola.errors import DataError
 from cola.interfaces import TaskData
+from cola.synthetic_language import CATEGORY_OPENINGS
 from cola.tasks.encoding import TaskRequest
 from cola.tasks.fields import Fields
-from cola.tasks.sources import iter_rows, list_splits
+from cola.tasks.reading import read_split
+from cola.tasks.sources import list_splits
 from cola.tasks.splits import choose_splits
 from cola.tasks.text import TextRow, build_text_task
+from cola.user_rows import UserId
 
 SENTIMENTS = ("negative", "neutral", "positive")
 """Words for the classes of Financial PhraseBank, in the order of its labels."""
@@ -29,11 +32,15 @@ class TextSet:
         columns: of the hub's data set, as far as they are read.
         parse: texts of one row; none where the set gives no text to write.
         objective: the form in which the paper uses it.
+        user_column: names a row's user, where the set has such a column.
+        users: all of them in the paper's order, where it has one.
     """
 
     columns: tuple[str, ...]
     parse: Callable[[Fields], Iterator[TextRow]]
     objective: Objective = Objective.seq2seq
+    user_column: str | None = None
+    users: tuple[UserId, ...] = ()
 
     @property
     def objectives(self) -> tuple[Objective, ...]:
@@ -49,32 +56,38 @@ def load_text_set(request: TaskRequest) -> TaskData:
         ConfigError: the model has no tokenizer, or does not fit.
         DataError: a split is missing, empty or cannot be read, or a row cannot be used.
     """
-    task = request.task
+    task, text_set = request.task, TEXT_SETS[request.task.name]
     parts = {
         split: _read(request, split)
         for split in list_splits(task, request.data_dir)
         if split in ("train", "validation", "test")
     }
     splits = choose_splits(
-        parts,
+        request.bad_rows.drop(parts, task.name),
         name=task.name,
         seed=request.split_seed,
         max_train_rows=task.max_train_rows,
         max_eval_rows=task.max_eval_rows,
     )
-    return build_text_task(request, task.name, splits)
+    data = build_text_task(request, task.name, splits)
+    # Another column may name users of the same names, and in no order of the paper's.
+    is_own = request.user_column in (None, text_set.user_column)
+    return replace(data, users=text_set.users if is_own else ())
 
 
 def _read(request: TaskRequest, split: str) -> list[TextRow]:
     """Every text of a split."""
-    task, text_set = request.task, TEXT_SETS[request.task.name]
-    rows = iter_rows(task, split, columns=text_set.columns, data_dir=request.data_dir)
+    name, text_set = request.task.name, TEXT_SETS[request.task.name]
+    rows = read_split(
+        request,
+        split,
+        text_set.parse,
+        name=name,
+        columns=text_set.columns,
+        own_user=text_set.user_column,
+    )
     ending = " response: " if request.problem.objective is Objective.causal else ""
-    return [
-        replace(text, source=text.source + ending)
-        for number, row in enumerate(rows, start=1)
-        for text in text_set.parse(Fields(row, f"{task.name} ({split}), row {number}"))
-    ]
+    return [replace(text, source=text.source + ending) for text in rows]
 
 
 def _fpb(fields: Fields) -> Iterator[TextRow]:
@@ -103,7 +116,7 @@ def _web_nlg(fields: Fields) -> Iterator[TextRow]:
     triples = " ; ".join(" - ".join(triples) for triples in triple_sets)
     # Entries of the test split that were not part of the challenge have no text.
     for text in fields.full_texts("lex", "text"):
-        yield TextRow(f"category: {category}, mtriple_set: {triples}", text, user=category)
+        yield TextRow(f"category: {category}, mtriple_set: {triples}", text)
 
 
 def _dart(fields: Fields) -> Iterator[TextRow]:
@@ -121,11 +134,7 @@ def _dart(fields: Fields) -> Iterator[TextRow]:
 
 def _dolly(fields: Fields) -> Iterator[TextRow]:
     instruction, context = fields.text("instruction"), fields.optional_text("context")
-    yield TextRow(
-        f"instruction: {instruction} context: {context}",
-        fields.text("response"),
-        user=fields.optional_text("category") or None,
-    )
+    yield TextRow(f"instruction: {instruction} context: {context}", fields.text("response"))
 
 
 TEXT_SETS: dict[str, TextSet] = {
@@ -134,10 +143,16 @@ TEXT_SETS: dict[str, TextSet] = {
         columns=("instruction", "context", "response", "category"),
         parse=_dolly,
         objective=Objective.causal,
+        user_column="category",
+        users=tuple(CATEGORY_OPENINGS),
     ),
     "e2e_nlg": TextSet(columns=("meaning_representation", "human_reference"), parse=_e2e_nlg),
     "fpb": TextSet(columns=("sentence", "label"), parse=_fpb),
     "samsum": TextSet(columns=("dialogue", "summary"), parse=_samsum),
-    "web_nlg": TextSet(columns=("category", "modified_triple_sets", "lex"), parse=_web_nlg),
+    "web_nlg": TextSet(
+        columns=("category", "modified_triple_sets", "lex"),
+        parse=_web_nlg,
+        user_column="category",
+    ),
     "wikisql": TextSet(columns=("question", "table", "sql"), parse=_wikisql),
 }
