@@ -1,6 +1,6 @@
 # `make` lists the targets. Everything runs from .venv, which `make install` keeps up to date.
 .DEFAULT_GOAL := help
-.PHONY: help install format lint types layers test test-slow cov smoke demo check clean
+.PHONY: help install format lint types layers test test-slow cov smoke demo table4 table8 check clean
 
 # A pyenv shim may exist without its interpreter, so the version is asked, not only the name.
 PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python3)
@@ -44,6 +44,14 @@ smoke: install ## two steps of every task with every method on tiny models (five
 
 demo: install ## FT, LoRA and ColA adapters on digits, offline, one table (about a minute)
 	$(BIN)/python scripts/compare.py demo
+
+# Every row of a table is an experiment; OVERRIDES holds for all: OVERRIDES="model=tiny-gpt2 task=synthetic"
+rows = $(subst $(eval ) ,$(comma),$(sort $(patsubst conf/experiment/%.yaml,%,$(wildcard conf/experiment/$(1)_*.yaml))))
+comma := ,
+
+table4 table8: install ## every row of the paper's table of users, then the table (OVERRIDES="...")
+	$(BIN)/cola-train -m experiment=$(call rows,$@) $(OVERRIDES)
+	$(BIN)/python scripts/user_table.py $(@:table%=%) $(addprefix outputs/,$(subst $(comma), ,$(call rows,$@)))
 
 check: lint types layers test ## what CI runs
 

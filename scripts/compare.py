@@ -30,6 +30,7 @@ from cola.tracking import read_metrics
 
 COMPARISONS = Path(__file__).parent / "comparisons"
 ONLY_TASK = ""
+MERGE_WORDS = ("unmerged", "merged")
 
 
 Result = dict[str, Any]
@@ -154,6 +155,8 @@ def table(results: list[Result]) -> str:
     """One line per variant: costs of a single task, or the scores of several."""
     tasks = list(dict.fromkeys(result["task"] for result in results))
     variants = list(dict.fromkeys(result["variant"] for result in results))
+    if any(None not in [_scored(result, word) for word in MERGE_WORDS] for result in results):
+        return _merge_scores(results, variants)
     if len(tasks) == 1:
         return _costs(results)
     rows = []
@@ -166,9 +169,35 @@ def table(results: list[Result]) -> str:
     return format_table(["method, score in %", *tasks], rows)
 
 
+def _scored(result: Result, word: str) -> float | None:
+    """The judged score with adapters merged or not, where the run has it."""
+    found = result["summary"]["result"]
+    if found.get(word) is None:
+        return None
+    score: float = found[word]["scores"][found["split"]][found["metric"]]
+    return score
+
+
+def _merge_scores(results: list[Result], variants: list[str]) -> str:
+    """One line per variant, where some were scored both with merged adapters and without."""
+    rows = []
+    for variant in variants:
+        own = [result for result in results if result["variant"] == variant]
+        cells = [
+            _spread([s for result in own if (s := _scored(result, word)) is not None])
+            for word in MERGE_WORDS
+        ]
+        rows.append([variant, *cells, f"{own[0]['summary']['trainable_parameters']:,}"])
+    return format_table(["method, score in %", *MERGE_WORDS, "trainable"], rows)
+
+
 def _mean(results: list[Result]) -> str:
     """Mean and standard error over seeds, in percent."""
-    values = [100 * result["summary"]["result"]["value"] for result in results]
+    return _spread([result["summary"]["result"]["value"] for result in results])
+
+
+def _spread(scores: list[float]) -> str:
+    values = [100 * score for score in scores]
     if len(values) < 2:
         return f"{values[0]:.1f}" if values else "missing"
     error = statistics.stdev(values) / len(values) ** 0.5
