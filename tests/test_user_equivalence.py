@@ -25,6 +25,16 @@ MIXES = {
 }
 LINEAR_MIXES = [mix for mix, kinds in MIXES.items() if "mlp" not in " ".join(kinds)]
 
+# Convolutions have one route, whatever the interval; most of their cells are for the slow tests.
+by_net_and_interval = pytest.mark.parametrize(
+    ("net", "interval"),
+    [
+        *(("net", interval) for interval in (1, 2, 3)),
+        ("conv", 2),
+        *(pytest.param("conv", interval, marks=pytest.mark.slow) for interval in (1, 3)),
+    ],
+)
+
 
 def check(
     net: str,
@@ -61,17 +71,15 @@ def check(
     learner.close()
 
 
-@pytest.mark.parametrize("interval", [1, 2, 3])
 @pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("net", NETS)
+@by_net_and_interval
 def test_alone_equals_masked_autograd(net: str, mix: str, interval: int) -> None:
     check(net, mix, UsersMode.alone, interval=interval, num_workers=2 if interval == 2 else 0)
 
 
 @pytest.mark.parametrize("gradient", list(UserGradient), ids=lambda one: one.name)
-@pytest.mark.parametrize("interval", [1, 2, 3])
 @pytest.mark.parametrize("mix", LINEAR_MIXES)
-@pytest.mark.parametrize("net", NETS)
+@by_net_and_interval
 def test_collaboration_equals_masked_autograd(
     net: str, mix: str, interval: int, gradient: UserGradient
 ) -> None:

@@ -51,7 +51,7 @@ def test_a_visitors_folder_that_does_not_fit_is_refused(tmp_path):
         run(tmp_path / "none", *ALONE, empty)
 
 
-@pytest.mark.parametrize("mode", ["alone", "collaboration"])
+@pytest.mark.parametrize("mode", ["alone", pytest.param("collaboration", marks=pytest.mark.slow)])
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path, mode):
     lines = (*ALONE, f"users={mode}", "checkpoint.every=1", "checkpoint.keep=9",
              "users.schedule=[{user: open_qa, join: 2, leave: 5}]",

@@ -53,8 +53,9 @@ def expect_equal(
             assert error.norm() <= EXACT * moved.norm()
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e100])
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(
+    ("value", "num_workers"), [(math.nan, 0), (math.nan, 2), (math.inf, 0), (1e100, 2)]
+)
 @pytest.mark.parametrize("kinds", [KINDS, ("mlp", "mlp", "mlp")], ids=["linear kinds", "mlp"])
 def test_poisoned_rows_reach_nobody_else(
     value: float, num_workers: int, kinds: tuple[str, ...], caplog: pytest.LogCaptureFixture

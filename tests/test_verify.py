@@ -4,7 +4,7 @@ import pytest
 
 from cola.cli import verify as command
 from cola.cli.app import BAD_CONFIG, DONE, FAILED, run_command
-from cola.offload import fitter
+from cola.offload import fitter, user_fitter
 from cola.verify import Check, run_checks, verify
 from tests.runs import config_of, small_synthetic
 
@@ -34,6 +34,32 @@ def test_every_site_is_exact(model, adapter, merge):
     config = config_of(*MODELS[model], f"adapter={adapter}", f"merge={merge}")
     checks = run_checks(config)
     assert [check for check in checks if not check.holds] == []
+
+
+USERS = {
+    "alone": ("users=alone", "users.kinds=[lowrank, linear, mlp]", "users.loss=per_user"),
+    "federated": ("users=collaboration", "offload=cpu"),
+    "exact": ("users=collaboration", "users.kinds=lowrank-linear", "users.gradient=exact"),
+    "local": ("users=alone", "users.local=[open_qa]"),
+}
+
+
+@pytest.mark.parametrize("users", USERS)
+def test_every_site_of_users_is_exact(users):
+    checks = run_checks(config_of(*MODELS["tiny-gpt2"], *USERS[users]))
+    assert len(checks) == 2  # sites; what is merged is no single row's model
+    assert [check for check in checks if not check.holds] == []
+
+
+def test_a_row_that_teaches_another_user_is_caught(monkeypatch):
+    own = user_fitter.user_gradients
+
+    def leaking(stack, data, rows):
+        return {name: g + 1e-6 * g.roll(1, 0) for name, g in own(stack, data, rows).items()}
+
+    monkeypatch.setattr(user_fitter, "user_gradients", leaking)
+    checks = run_checks(config_of(*MODELS["tiny-gpt2"], "users=alone"))
+    assert not any(check.holds for check in checks)
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,8 @@ class UserFitter:
             optimizer: of the run.
             roster: of the run.
             shares_rows: all rows teach every user (users.gradient=exact).
-            local: takes the data of users who fit in processes of their own, and answers.
+            local: takes the data of users who fit in processes of their own, and answers; None
+                where nobody is trained, or nobody fits elsewhere.
         """
         self.adapters = dict(adapters)
         self._roster = roster
@@ -82,8 +83,7 @@ class UserFitter:
             own = AdaptationData(
                 hidden_input=data.hidden_input[where], hidden_gradient=data.hidden_gradient[where]
             )
-            if cohort.is_local:
-                assert self._local is not None
+            if cohort.is_local and self._local is not None:
                 self._local.take(site, own, own_rows, stack.first)
             else:
                 cohort.add(user_gradients(stack, own, own_rows), own_rows.users)
