@@ -35,11 +35,17 @@ def truth(
 
 @pytest.mark.parametrize("offload", ["none", "cpu"])
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
-@pytest.mark.parametrize("interval", [1, 2, 3])
 @pytest.mark.parametrize(
     ("kind", "mode"), [pytest.param(k, m, id=f"{k.name}-{m.name}") for k, m in tiny.ALLOWED]
 )
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize(
+    ("net", "interval"),
+    [
+        *(("net", interval) for interval in (1, 2, 3)),
+        ("conv", 2),
+        *(pytest.param("conv", interval, marks=pytest.mark.slow) for interval in (1, 3)),
+    ],
+)
 def test_weights_equal_autograd(
     net: str, kind: AdapterKind, mode: MergeMode, interval: int, name: str, offload: str
 ) -> None:

@@ -19,7 +19,10 @@ ONE_SGD_STEP = (
 )
 
 
-@pytest.mark.parametrize("method", ["adapter=lowrank", "offload=cpu", "method=lora"])
+@pytest.mark.parametrize(
+    "method",
+    ["adapter=lowrank", pytest.param("offload=cpu", marks=pytest.mark.slow), "method=lora"],
+)
 def test_a_head_moves_at_its_own_rate_and_the_rest_does_not(tmp_path: Path, method: str) -> None:
     def moved(name: str, *overrides: str) -> Run:
         with small_synthetic():

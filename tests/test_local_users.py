@@ -145,8 +145,12 @@ PLAIN = OptimizerConfig(
 @pytest.mark.parametrize("kind", ["lowrank:3:sgd", "linear:2:sgd", "mlp:2:sgd"])
 @pytest.mark.parametrize(
     ("net", "interval"),
-    [(tiny.TinyNet, 1), (tiny.TinyNet, 2), (tiny.TinyConv, 2)],
-    ids=["net-1", "net-2", "conv-2"],
+    [
+        (tiny.TinyNet, 2),
+        pytest.param(tiny.TinyNet, 1, marks=pytest.mark.slow),
+        pytest.param(tiny.TinyConv, 2, marks=pytest.mark.slow),
+    ],
+    ids=["net-2", "net-1", "conv-2"],
 )
 def test_answers_equal_masked_autograd(
     tmp_path: Path, net: type[nn.Module], kind: str, mode: UsersMode, interval: int
