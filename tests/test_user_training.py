@@ -144,6 +144,15 @@ def test_a_user_goes_on_elsewhere_with_what_it_left_with() -> None:
     expect_equal(again, wanted, start, [0, 1, 2])
 
 
+def test_a_user_that_leaves_within_an_interval_does_not_step() -> None:
+    found, start = build(tiny.net(), visits=[Visit(user=1, leave=2)])
+    tiny.train(found, users.batches(tiny.net(), OWNERS[:2]), interval=2)
+    for site, adapter in found.export("user1").items():
+        assert torch.equal(tiny.flat(adapter), tiny.flat(start[site][1]))
+    assert not torch.equal(tiny.flat(found.export("user0")["query"]), tiny.flat(start["query"][0]))
+    found.close()
+
+
 def test_a_user_that_left_counts_no_more_in_a_merge() -> None:
     base = tiny.net()
     found, _ = build(
