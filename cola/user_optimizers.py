@@ -4,8 +4,8 @@
 presence of their own would have to be tensors of their own: K times as many, and small. Here
 neighbours who step with one rate and one count are one slice of the stack, and torch's fused
 kernels step the slices where they lie. Where users are in step, that is one slice; at worst it is
-one per user. AdamW of 512 users with (8, 384) each on a host of two threads: 4.0 ms as tensors of
-their own, 0.76 ms as one slice.
+one per user. AdamW of 512 users with (8, 384) each on two CPU cores: 3.3 ms as tensors of their own
+in torch.optim, 0.6 ms as one slice, 5.5 ms at worst, with a count of its own for every user.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -104,7 +104,7 @@ class UserStack(nn.Module):
         return output.reshape(*x.shape[:-1], -1)
 
     def tile_output(self, x: Tensor, tiles: Tiles) -> Tensor:
-        """G of every tile's user, not scaled: (S, c, D) to (S, c, H)."""
+        """What every tile's own adapter answers, not scaled: (S, c, D) to (S, c, H)."""
         adapter = self.adapter
         if isinstance(adapter, LowRankAdapter):
             a, b = tiles.pick(adapter.lora_a), tiles.pick(adapter.lora_b)
@@ -188,6 +188,6 @@ def _layer(x: Tensor, layer: nn.Module, tiles: Tiles) -> Tensor:
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, tiles: Tiles) -> Tensor:
-    """X W' + b by tile, (S, c, D) to (S, c, H)."""
+    """Product with the transposed weight, plus the bias, by tile: (S, c, D) to (S, c, H)."""
     product = torch.bmm(x, tiles.pick(weight).mT)
     return product if bias is None else product + tiles.pick(bias)[:, None]
