@@ -5,7 +5,7 @@ size, R rank, K users, M sites, I interval. The leading axis is rows; images kee
 width). This gate is the only place where shapes are checked at run time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,9 @@ from torch import Tensor
 
 from cola.config.choices import Reduction
 from cola.user_rows import UserRows
+
+Parcel = Callable[[], Tensor]
+"""A hidden input or gradient on its way, rows (N, ...); calling it where it goes waits for it."""
 
 
 @dataclass(frozen=True, kw_only=True)

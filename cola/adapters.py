@@ -67,8 +67,12 @@ class LowRankAdapter(nn.Module):
 
     def delta_weight(self) -> Tensor:
         """(H, D) or (H, D, kh, kw): the weight update that this adapter means. Proposition 2."""
-        product = self.lora_b.flatten(1) @ self.lora_a.flatten(1)
-        return product.reshape(-1, *self.lora_a.shape[1:])
+        b, a = self.delta_factors()
+        return (b @ a).reshape(-1, *self.lora_a.shape[1:])
+
+    def delta_factors(self) -> tuple[Tensor, Tensor]:
+        """B (H, R) and A (R, D) or (R, D * kh * kw), whose product is the delta weight."""
+        return self.lora_b.flatten(1), self.lora_a.flatten(1)
 
     def delta_bias(self) -> Tensor | None:
         """A low-rank adapter has no bias."""
@@ -97,6 +101,9 @@ class LinearAdapter(nn.Module):
     def delta_weight(self) -> Tensor:
         """(H, D) or (H, D, kh, kw): the weight itself. Proposition 2."""
         return self.weight
+
+    def delta_factors(self) -> None:
+        """The delta weight of a linear adapter is no product."""
 
     def delta_bias(self) -> Tensor | None:
         """(H,), or None where the site's adapter has no bias."""

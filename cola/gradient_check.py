@@ -45,7 +45,7 @@ def learned_gradients(subject: Subject) -> dict[SiteName, Tensor]:
     try:
         seed_everything(subject.seed)  # both routes see the same dropout
         learner.record(subject.batch, None)
-        state = learner.state_dict()["fleet"]
+        state = learner.state_dict()["fleet"]["sites"]
         return {site: _accumulated(adapter, state[site]) for site, adapter in adapters.items()}
     finally:
         learner.close()

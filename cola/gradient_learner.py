@@ -21,8 +21,9 @@ from cola.meters import BusyTimer, add_held, count_bytes
 from cola.offload.fitter import Fit
 from cola.offload.fleet import Fleet
 from cola.roster import Roster
+from cola.row_dropping import RowDropping
 from cola.sites import SiteName
-from cola.taps import Taps
+from cola.taps import StepRows, Taps
 from cola.user_adapters import SiteAdapter, UserAdapters, num_parameters
 from cola.user_rows import EVERYONE, UserId, UserRows
 
@@ -40,6 +41,8 @@ class GradientLearner:
         placement: Placement,
         other_placement: Callable[[], Placement],
         evaluates_elsewhere: bool,
+        row_dropping: RowDropping,
+        staleness: int = 0,
         attendance: Attendance | None = None,
     ) -> None:
         """Takes over the parts.
@@ -52,6 +55,8 @@ class GradientLearner:
             placement: of adapters while training.
             other_placement: makes the other one: inside the weights if training has them beside.
             evaluates_elsewhere: evaluation uses the other one unless it is asked otherwise.
+            row_dropping: which rows of padding stay behind.
+            staleness: adaptations that the base model lags behind.
             attendance: of users who have adapters of their own.
         """
         self._base_model = base_model
@@ -62,10 +67,15 @@ class GradientLearner:
         self._make_other = other_placement
         self._other: Placement | None = None
         self._evaluates_elsewhere = evaluates_elsewhere
+        self._row_dropping = row_dropping
+        self._staleness = staleness
         self._attendance = attendance
         self._roster: Roster | None = None if attendance is None else attendance.roster
         self._step = 0
         self._version = 0
+        self._settled = (
+            0  # the newest version when nothing was under way: no step uses an older one
+        )
         self._device = next(base_model.parameters()).device
         self._timer = BusyTimer(self._device)
         set_training_mode(base_model)
@@ -85,11 +95,18 @@ class GradientLearner:
         if not len(batch.labels):  # nobody with a row takes part
             return torch.zeros((), device=self._device)
         self.route(batch.rows)
-        with self._timer.measure(), self._taps.recording(self._version, batch.rows) as backward:
+        rows = StepRows(
+            users=batch.rows,
+            kept=self._row_dropping.begin(batch),
+            check=self._row_dropping.check,
+        )
+        version = max(self._settled, self._version - self._staleness)
+        with self._timer.measure(), self._taps.recording(version, rows) as backward:
             logits = self._base_model(**batch.inputs).logits
             weighted, loss = self._loss(logits, batch)
             backward()
             weighted.backward()  # type: ignore[no-untyped-call]
+        self._row_dropping.settle()
         self.route(None)
         return loss
 
@@ -107,6 +124,7 @@ class GradientLearner:
             elsewhere = merged is not isinstance(self._placement, Merger)
         with self._fleet.drained() as adapters:
             self._settle_users()
+            self._settled = self._version
             self._taps.install_all(self._version)
             self._base_model.eval()
             try:
@@ -114,7 +132,7 @@ class GradientLearner:
                     yield self._base_model
                     return
                 other = self._other = self._other or self._make_other()
-                with self._taps.placed(other):
+                with self._taps.placed(other, self._version):
                     for site, adapter in adapters.items():
                         other.install(site, other.publish(adapter))
                     yield self._base_model
@@ -140,10 +158,12 @@ class GradientLearner:
         """Adapters, optimizers, gradients of an interval in progress, users, and the version."""
         with self._fleet.drained():
             self._settle_users()
+            self._settled = self._version
             return {
                 "fleet": self._fleet.state_dict(),
                 "interval": self._loss.state_dict(),
                 "users": {} if self._attendance is None else self._attendance.state_dict(),
+                "row_dropping": self._row_dropping.state_dict(),
                 "step": self._step,
                 "version": self._version,
             }
@@ -151,6 +171,8 @@ class GradientLearner:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from `state_dict`; the next forward pass installs what was loaded."""
         self._step, self._version = state["step"], state["version"]
+        self._settled = self._version
+        self._row_dropping.load_state_dict(state["row_dropping"])
         self._loss.load_state_dict(state["interval"])
         if self._attendance is not None:
             self._attendance.load_state_dict(state["users"], self._step)
@@ -163,8 +185,8 @@ class GradientLearner:
         tensors = [*self._base_model.parameters(), *self._base_model.buffers()]
         add_held(held, self._device, "base_model", count_bytes(tensors))
         extra = {}
-        if isinstance(self._placement, Merger) and self._placement.lost_share:
-            lost = dict(self._placement.lost_share)  # a copy: workers go on writing
+        lost = self._placement.lost_share if isinstance(self._placement, Merger) else {}
+        if lost:
             shares = torch.stack([share.cpu() for share in lost.values()])
             extra["merge/lost_share"] = float(shares.mean())
         stall = self._taps.stall_seconds
@@ -207,6 +229,7 @@ class GradientLearner:
     def _change_users(self, *, begins: bool) -> None:
         assert self._attendance is not None
         self._attendance.change(self._step, begins=begins)
+        self._settled = self._version
         self._fleet.republish(self._version)
         self._taps.forget()
 

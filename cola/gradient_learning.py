@@ -4,8 +4,11 @@ Symbols here and only here: x hidden input, g hidden gradient, w adapter paramet
 summed over rows, never averaged: the hidden gradient already carries the task loss's averaging.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from cola.adaptation_data import AdaptationData
 from cola.adapters import Adapter, LinearAdapter, LowRankAdapter
@@ -36,39 +39,65 @@ def surrogate_gradients(adapter: Adapter, data: AdaptationData, scale: float) ->
     Paper: Algorithm 1, lines 13 and 14.
 
     Args:
-        adapter: g_w with parameters that require gradients.
-        data: x (N, D) and g (N, H), in the adapter's dtype and on its device.
+        adapter: g_w.
+        data: x (N, D) and g (N, H) on the adapter's device; products are formed in their dtype.
         scale: alpha, the factor on the adapter's output, hence on its gradient.
 
     Returns:
-        Gradient by parameter name, shapes of the parameters.
+        Gradient by parameter name, shapes of the parameters, in the dtype of the data.
     """
-    names, parameters = zip(*adapter.named_parameters(), strict=True)
+    dtype = data.hidden_input.dtype
+    used = {n: p.detach().to(dtype).requires_grad_() for n, p in adapter.named_parameters()}
     with torch.enable_grad():
-        loss = surrogate_loss(scale * adapter(data.hidden_input), data.hidden_gradient)
-    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+        output = functional_call(adapter, used, (data.hidden_input,))
+        loss = surrogate_loss(scale * output, data.hidden_gradient)
+    return dict(zip(used, torch.autograd.grad(loss, list(used.values())), strict=True))
 
 
 def linear_gradients(
-    adapter: LinearAdapter, data: AdaptationData, scale: float
+    adapter: LinearAdapter, data: AdaptationData, scale: float, out: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """Closed form for g_w(x) = x W' + b: dW = scale * G'X, db = scale * sum of G over rows."""
+    """Closed form for g_w(x) = x W' + b: dW = scale * G'X, db = scale * sum of G over rows.
+
+    `out` is memory for dW, (H, D) in the dtype of the data.
+    """
     g = _scaled(data.hidden_gradient, scale)  # (N, H)
-    gradients = {"weight": g.T @ data.hidden_input}  # (H, D)
+    gradients = {"weight": torch.mm(g.T, data.hidden_input, out=out)}  # (H, D)
     if adapter.bias is not None:
         gradients["bias"] = g.sum(dim=0)  # (H,)
     return gradients
 
 
 def lowrank_gradients(
-    adapter: LowRankAdapter, data: AdaptationData, scale: float
-) -> dict[str, Tensor]:
-    """Closed form for g_w(x) = x A'B': dB = scale * G'(XA'), dA = scale * (GB)'X."""
-    x, g = data.hidden_input, _scaled(data.hidden_gradient, scale)  # (N, D), (N, H)
-    return {
-        "lora_a": (g @ adapter.lora_b).T @ x,  # (R, D)
-        "lora_b": g.T @ (x @ adapter.lora_a.T),  # (H, R)
-    }
+    adapters: Sequence[LowRankAdapter], x: Tensor, gradients: Sequence[Tensor], scale: float
+) -> list[dict[str, Tensor]]:
+    """Closed form for g_w(x) = x A'B': dB = scale * G'(XA'), dA = scale * (GB)'X.
+
+    Several adapters that meet the same x (query and value) are one of the sum of their ranks, so
+    that x, which is far larger than what is made of it, is read twice and not twice for each.
+
+    Args:
+        adapters: whose gradients to form.
+        x: (N, D), the hidden input of all of them.
+        gradients: G of each, (N, H), in the dtype of x.
+        scale: alpha.
+
+    Returns:
+        Of each adapter: `lora_a` (R, D) and `lora_b` (H, R), in the dtype of x.
+    """
+    ranks = [adapter.lora_a.shape[0] for adapter in adapters]
+    g = [_scaled(gradient, scale) for gradient in gradients]
+    down = _joined([adapter.lora_a.to(x.dtype) for adapter in adapters], dim=0)  # (sum of R, D)
+    back = [own @ adapter.lora_b.to(x.dtype) for own, adapter in zip(g, adapters, strict=True)]
+    a = torch.split(_joined(back, dim=1).T @ x, ranks)  # (R, D) each
+    u = torch.split(x @ down.T, ranks, dim=1)  # (N, R) each
+    # The transpose of what is wanted reads G in the order in which it lies.
+    b = [(own.T @ gradient).T for own, gradient in zip(u, g, strict=True)]
+    return [{"lora_a": one, "lora_b": other} for one, other in zip(a, b, strict=True)]
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
 
 
 @torch.no_grad()
@@ -81,7 +110,8 @@ def adapter_gradients(adapter: Adapter, data: AdaptationData, scale: float) -> d
         if isinstance(adapter, LinearAdapter):
             return linear_gradients(adapter, data, scale)
         if isinstance(adapter, LowRankAdapter):
-            return lowrank_gradients(adapter, data, scale)
+            x, g = data.hidden_input, data.hidden_gradient
+            return lowrank_gradients([adapter], x, [g], scale)[0]
     return surrogate_gradients(adapter, data, scale)
 
 

@@ -1,18 +1,20 @@
-"""Wires gradient learning from its parts: fitters, workers, fleet, taps and placements."""
+"""Wires gradient learning from its parts: fitters, fleet, taps and placements."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from cola.adapters import Adapter, install_parameters, skeleton
 from cola.attendance import Attendance
+from cola.bank import Bank
 from cola.config.choices import (
     EvaluationMerge,
     MergeMode,
     Objective,
-    OffloadTarget,
+    Payload,
     Pristine,
     Reduction,
     Rounding,
@@ -20,21 +22,24 @@ from cola.config.choices import (
 )
 from cola.config.schema import ExperimentConfig, OptimizerConfig
 from cola.gradient_learner import GradientLearner
+from cola.gradient_learning import adapter_gradients
 from cola.interfaces import Placement
 from cola.interval_loss import BatchLoss, IntervalLoss, UserLosses
-from cola.merging import Bank, Merger
+from cola.merging import Merger
+from cola.offload.buffers import Buffers
+from cola.offload.deliveries import Former
 from cola.offload.fitter import AdapterFitter, Fitter
 from cola.offload.fleet import Fleet
-from cola.offload.transfer import Transfer
+from cola.offload.payload import choose_payloads, may_form
+from cola.offload.placing import OffloadPlan, resolve_offload
+from cola.offload.slot import Berth
 from cola.offload.user_fitter import UserFitter
-from cola.offload.worker import InlineWorker, ThreadWorker, Worker
+from cola.row_dropping import RowDropping
+from cola.runtime import resolve_device
 from cola.sites import SiteName, SiteSpec
 from cola.taps import Taps
 from cola.user_adapters import SiteAdapter, UserAdapters
 from cola.user_learning import UserLearning
-
-CORES_PER_WORKER = 4
-"""Cores that one fit uses: more, smaller fits at a time keep the cores busier."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +51,7 @@ class GradientLearning:
         scale: alpha.
         mode: where adapters act while training.
         optimizer, reduction: of the fits.
-        num_workers: threads on the host's CPU; 0 keeps adapters on the base device.
+        offload: where adapters are fitted, and how data gets there.
         pristine, rounding: of merged weights.
         evaluates_merged: None evaluates as training does.
         users: who have adapters of their own; None: one set of adapters has no owner.
@@ -57,7 +62,7 @@ class GradientLearning:
     mode: MergeMode
     optimizer: OptimizerConfig
     reduction: Reduction
-    num_workers: int
+    offload: OffloadPlan
     pristine: Pristine = Pristine.host
     rounding: Rounding = Rounding.nearest
     evaluates_merged: bool | None = None
@@ -80,28 +85,37 @@ def build_gradient_learner(
     """
     base_model.requires_grad_(False)
     weight = next(base_model.parameters())
-    offloads = settings.num_workers > 0
-    offload_device = torch.device("cpu") if offloads else weight.device
+    plan = settings.offload
     # Adapters are fitted in float32 at least, whatever the base model computes in.
     master = torch.promote_types(torch.float32, weight.dtype)
-    owned = {site: adapters[site].to(offload_device, master) for site in sites}
-    # Fits that overlap the backward pass start site by site; others step in one go.
-    groups = [{site: owned[site]} for site in owned] if offloads else [owned]
-    fitters = [_fitter(own, settings) for own in groups]
-    attendance = _attendance(fitters, settings.users)
+    placed = plan.place({site: adapters[site] for site in sites}, weight.device, master)
+    owned = {site: adapter for group in placed for site, adapter in group.adapters.items()}
+    owned = {site: owned[site] for site in sites}
+    buffers = Buffers()
+    berths = [
+        Berth(
+            fitter=_fitter(group.adapters, settings, buffers),
+            worker=group.worker,
+            transfer=group.transfer,
+            blocks=group.blocks,
+        )
+        for group in placed
+    ]
+    attendance = _attendance([berth.fitter for berth in berths], settings.users)
     local = None if settings.users is None else settings.users.local
     if local is not None:
         local.start()
     trains_merged = settings.mode is MergeMode.merged
     place = partial(_placement, base_model, sites, owned, settings)
-    placement = place(merged=trains_merged, copies=offloads)
+    placement = place(merged=trains_merged, copies=plan.overlaps)
     fleet = Fleet(
-        fitters,
-        _workers(settings.num_workers, weight.device),
-        transfer=Transfer(weight.device, offload_device),
+        berths,
         publish=placement.publish,
         optimizer=settings.optimizer,
-        overlaps=offloads,
+        overlaps=plan.overlaps,
+        staleness=plan.staleness,
+        payloads=_payloads(owned, settings, weight),
+        formers=_formers(berths, placement, settings, weight),
         local=local,
     )
     taps = Taps(base_model, sites, placement=placement, sink=fleet, source=fleet)
@@ -113,14 +127,18 @@ def build_gradient_learner(
         placement=placement,
         other_placement=partial(place, merged=not trains_merged, copies=True),
         evaluates_elsewhere=settings.evaluates_merged not in (None, trains_merged),
+        row_dropping=RowDropping(sites, weight.device, enabled=plan.drops_padding),
+        staleness=plan.staleness,
         attendance=attendance,
     )
 
 
-def _fitter(adapters: Mapping[SiteName, SiteAdapter], settings: GradientLearning) -> Fitter:
+def _fitter(
+    adapters: Mapping[SiteName, SiteAdapter], settings: GradientLearning, buffers: Buffers
+) -> Fitter:
     if settings.users is None:
         single = {s: a for s, a in adapters.items() if not isinstance(a, UserAdapters)}
-        return AdapterFitter(single, settings.optimizer, scale=settings.scale)
+        return AdapterFitter(single, settings.optimizer, scale=settings.scale, buffers=buffers)
     of_users = {s: a for s, a in adapters.items() if isinstance(a, UserAdapters)}
     return UserFitter(
         of_users,
@@ -129,6 +147,52 @@ def _fitter(adapters: Mapping[SiteName, SiteAdapter], settings: GradientLearning
         shares_rows=settings.users.gradient is UserGradient.exact,
         local=settings.users.local,
     )
+
+
+def _payloads(
+    adapters: Mapping[SiteName, SiteAdapter], settings: GradientLearning, weight: Tensor
+) -> dict[SiteName, Payload]:
+    plan = settings.offload
+    if settings.users is not None or not plan.overlaps:
+        return dict.fromkeys(adapters, Payload.factors)
+    single = {s: a for s, a in adapters.items() if not isinstance(a, UserAdapters)}
+    merged = settings.mode is MergeMode.merged
+    return choose_payloads(
+        single,
+        payload=plan.payload,
+        base=weight.device,
+        dtype=weight.dtype,
+        num_rows=plan.num_rows,
+        eligible=may_form(merged, plan.base_gradients),
+    )
+
+
+def _formers(
+    berths: Sequence[Berth], placement: Placement, settings: GradientLearning, like: Tensor
+) -> dict[SiteName, Former]:
+    """Of every site whose adapter has no owner; which of them are used is the payloads' to say."""
+    formers = {}
+    for berth in berths:
+        fitter = berth.fitter
+        if not isinstance(fitter, AdapterFitter):
+            continue
+        for site, fitted in fitter.adapters.items():
+            # Beside its site an adapter has its parameters; a merged one must not need them.
+            here = (
+                placement.adapter(site) if isinstance(placement, Bank) else _outline(fitted, like)
+            )
+            assert not isinstance(here, UserAdapters)
+            form = partial(adapter_gradients, here, scale=settings.scale)
+            formers[site] = Former(form, partial(fitter.add_gradients, site))
+    return formers
+
+
+def _outline(adapter: Adapter, like: Tensor) -> Adapter:
+    """An adapter of the same shape whose parameters, zeros, take no memory."""
+    zero = torch.zeros((), device=like.device, dtype=like.dtype)
+    outline = skeleton(adapter)
+    install_parameters(outline, {n: zero.expand(p.shape) for n, p in adapter.named_parameters()})
+    return outline
 
 
 def _attendance(fitters: Sequence[Fitter], users: UserLearning | None) -> Attendance | None:
@@ -163,15 +227,13 @@ def resolve_settings(config: ExperimentConfig, objective: Objective) -> Gradient
         rounding=config.merge.rounding,
         optimizer=config.optimizer,
         reduction=config.trainer.interval_reduction,
-        num_workers=_num_workers(config),
+        offload=resolve_offload(
+            config.offload,
+            resolve_device(config.device),
+            num_rows=config.trainer.batch_size * config.task.max_length,
+        ),
         evaluates_merged=evaluates_merged,
     )
-
-
-def _num_workers(config: ExperimentConfig) -> int:
-    if config.offload.name is OffloadTarget.none:
-        return 0
-    return config.offload.workers or max(1, torch.get_num_threads() // CORES_PER_WORKER)
 
 
 def _placement(
@@ -191,6 +253,7 @@ def _placement(
             scale=scale,
             pristine=settings.pristine,
             rounding=settings.rounding,
+            homes=_homes(adapters) if settings.offload.overlaps else None,
         )
     weight = next(base_model.parameters())
     return Bank(
@@ -203,11 +266,6 @@ def _placement(
     )
 
 
-def _workers(num_workers: int, base_device: torch.device) -> list[Worker]:
-    if num_workers == 0:
-        return [InlineWorker(base_device)]
-    cores = max(1, torch.get_num_threads() // num_workers)
-    return [
-        ThreadWorker(f"offload-{index}", num_threads=min(cores, CORES_PER_WORKER))
-        for index in range(num_workers)
-    ]
+def _homes(adapters: Mapping[SiteName, SiteAdapter]) -> dict[SiteName, torch.device]:
+    """Where adapters are fitted."""
+    return {site: next(adapter.parameters()).device for site, adapter in adapters.items()}

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from cola.adaptation_data import AdaptationData
+from cola.adaptation_data import Parcel
 from cola.adapters import Adapter
 from cola.config.choices import Objective
 from cola.config.user_settings import UserSettings
+from cola.kept_rows import KeptRows
 from cola.runtime import upload
-from cola.sites import SiteName
+from cola.sites import RowStream, SiteName
 from cola.user_adapters import SiteAdapter
 from cola.user_rows import EVERYONE, UserId, UserRows
 
@@ -61,6 +62,7 @@ class Batch:
             interval.
         rows: whose rows, where users have adapters of their own; rows are grouped by user then.
         row_terms: (B,) scored terms of each row, int64 on the CPU; given where `rows` is.
+        row_masks: (B, T) each, true where a token of that text is real, bool on the CPU.
     """
 
     inputs: dict[str, Tensor]
@@ -68,6 +70,7 @@ class Batch:
     num_terms: int
     rows: UserRows | None = None
     row_terms: Tensor | None = None
+    row_masks: Mapping[RowStream, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
@@ -79,6 +82,7 @@ class Batch:
             num_terms=self.num_terms,
             rows=self.rows,
             row_terms=self.row_terms,
+            row_masks=self.row_masks,
         )
 
     def without(self, users: frozenset[int]) -> "Batch":
@@ -97,6 +101,7 @@ class Batch:
             num_terms=int(row_terms.sum()),
             rows=rows,
             row_terms=row_terms,
+            row_masks={stream: mask[kept] for stream, mask in self.row_masks.items()},
         )
 
 
@@ -221,8 +226,39 @@ class Measurements:
 class AdaptationSink(Protocol):
     """Takes adaptation data off the base device. Algorithm 1, lines 9 to 11."""
 
-    def put(self, site: SiteName, data: AdaptationData) -> None:
-        """Hands over one gradient-carrying call of a site; must not synchronise the base device."""
+    def takes_early(self, site: SiteName) -> bool:
+        """Whether a hidden input leaves when the site runs, so that the base device forgets it."""
+
+    def send_input(
+        self, site: SiteName, hidden_input: Tensor, dtype: torch.dtype, kept: KeptRows | None
+    ) -> Parcel:
+        """Sends a hidden input, (..., D), ahead of its gradient; must not synchronise.
+
+        Args:
+            site: that ran on it.
+            hidden_input: as the site got it; not changed in place before the backward pass.
+            dtype: that the site computed in: under autocast x may be wider than the product made
+                of it, and what was multiplied is x rounded.
+            kept: rows that travel; None: all.
+        """
+
+    def put(
+        self,
+        site: SiteName,
+        hidden_input: Parcel,
+        hidden_gradient: Tensor,
+        kept: KeptRows | None,
+        rows: UserRows | None,
+    ) -> None:
+        """Hands over one gradient-carrying call of a site; must not synchronise the base device.
+
+        Args:
+            site: that was differentiated.
+            hidden_input: what `send_input` gave.
+            hidden_gradient: (..., H).
+            kept: rows that travel; None: all.
+            rows: whose those are, where users have adapters of their own.
+        """
 
     def close(self, site: SiteName) -> None:
         """Every gradient-carrying call of the site has returned: its fit may start."""
@@ -230,6 +266,9 @@ class AdaptationSink(Protocol):
 
 class ParameterSource(Protocol):
     """Gives adapters back. Algorithm 1, line 15."""
+
+    def is_ready(self, site: SiteName, version: int) -> bool:
+        """Whether `wait` would return at once."""
 
     def wait(self, site: SiteName, version: int) -> Mapping[str, Tensor]:
         """What the placement published for the site after that adaptation; blocks until then."""

@@ -88,7 +88,13 @@ def _build_ft(config: ExperimentConfig, base: BaseModel, objective: Objective) -
 
 
 def _build_lora(config: ExperimentConfig, base: BaseModel, objective: Objective) -> Learner:
-    trainable, adapters = inject_lora(base.module, base.sites, config.adapter, seed=config.seed)
+    trainable, adapters = inject_lora(
+        base.module,
+        base.sites,
+        config.adapter,
+        seed=config.seed,
+        dtype=config.method.adapter_dtype,
+    )
     return AutogradLearner(
         base.module,
         trainable,

@@ -1,8 +1,13 @@
-"""Placements: adapters beside the sites (a bank), or inside their weights (a merger).
+"""The merged placement: adapters inside the sites' weights.
 
 Paper: Algorithm 1, lines 3 and 8, and Proposition 2. A merged weight is always computed as
 round(W0 + scale * delta W) from a pristine copy, never by adding to and subtracting from the weight
 in use: that drifts, and in bfloat16 it loses most of a small delta.
+
+Where the pristine copy lies decides what travels. On the host, the sum is made where adapters are
+fitted, and the merged weight comes back in the base model's dtype. On the base device, the sum is
+made there, and only what is added comes back, in the dtype of the fits: the factors of low-rank
+adapters, or the delta weight where those would be no smaller, or where there are none.
 """
 
 from collections.abc import Mapping
@@ -11,79 +16,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cola.adapters import install_parameters, skeleton
+from cola.adapters import MergeableAdapter
 from cola.config.choices import Pristine, Rounding
-from cola.sites import SiteName, SiteSpec, to_base_layout
-from cola.user_adapters import SiteAdapter, require_linear
+from cola.rounded_sums import Update, add_rounded, sum_dtype
+from cola.sites import SiteKind, SiteName, SiteSpec, to_base_layout
+from cola.user_adapters import SiteAdapter, UserAdapters, require_linear
 
-
-class Bank:
-    """Adapters on the base device, frozen: h + scale * g(x).
-
-    The adapter's graph is kept, so that gradients of sites upstream flow through it. With
-    `detached` they do not: an ablation whose gradients are wrong at sites with sites downstream.
-    """
-
-    def __init__(
-        self,
-        adapters: Mapping[SiteName, SiteAdapter],
-        *,
-        scale: float,
-        device: torch.device,
-        dtype: torch.dtype,
-        detached: bool = False,
-        copies: bool = True,
-    ) -> None:
-        """Takes the structure of each adapter; parameters are those that get installed.
-
-        Args:
-            adapters: by site.
-            scale: alpha; 1 for adapters of users, who have alphas of their own.
-            device: of the base model.
-            dtype: of the base model.
-            detached: stop gradients at the adapters' outputs.
-            copies: publish snapshots; False shares the fitted tensors, which is safe only when no
-                fit runs beside the base model.
-        """
-        self._adapters = {site: skeleton(adapter) for site, adapter in adapters.items()}
-        self._installed: dict[SiteName, Mapping[str, Tensor]] = {}
-        self._shared: dict[SiteName, dict[str, Tensor]] = {}
-        self._scale = scale
-        self._device, self._dtype = device, dtype
-        self._detached, self._copies = detached, copies
-
-    def publish(self, adapter: SiteAdapter) -> dict[str, Tensor]:
-        """The adapter's parameters in the base model's dtype."""
-        site = adapter.spec.name
-        if site in self._shared:  # the fitted tensors themselves, stepped in place
-            return self._shared[site]
-        published = {
-            name: parameter.detach().to(self._dtype, copy=self._copies)
-            for name, parameter in adapter.named_parameters()
-        }
-        if not self._copies and next(adapter.parameters()).dtype is self._dtype:
-            self._shared[site] = published
-        return published
-
-    def install(self, site: SiteName, published: Mapping[str, Tensor]) -> None:
-        """Uses these parameters from now on."""
-        if self._installed.get(site) is published:
-            return
-        self._installed[site] = published
-        state = {name: t.to(self._device, non_blocking=True) for name, t in published.items()}
-        install_parameters(self._adapters[site], state)
-
-    def adapt(self, site: SiteName, hidden_input: Tensor, hidden: Tensor) -> Tensor:
-        """Adapted hidden representation, (..., H)."""
-        if self._detached:
-            with torch.no_grad():
-                delta = self._adapters[site](hidden_input)
-        else:
-            delta = self._adapters[site](hidden_input)
-        return torch.add(hidden, delta, alpha=self._scale)
-
-    def remove(self) -> None:
-        """The base model was never touched."""
+NUM_SAMPLED = 1 << 16
+"""Entries of a weight that `Merger.lost_share` looks at, in whole rows (at least one)."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +39,8 @@ class _Site:
 class Merger:
     """Adapters inside the sites' weights: no adapter on the base device, memory independent of it.
 
-    `lost_share` is, for low-precision weights, the share of delta W's entries that rounding
-    swallowed in the last merge (the merged entry equals the pristine one), by site.
+    With the pristine weights on the base device, an install also takes the factors of one site, or
+    a block of its delta weight's rows, and the block that they are summed in (`rounded_sums`).
     """
 
     def __init__(
@@ -111,15 +51,29 @@ class Merger:
         scale: float,
         pristine: Pristine = Pristine.host,
         rounding: Rounding = Rounding.nearest,
+        homes: Mapping[SiteName, torch.device] | None = None,
     ) -> None:
+        """Copies the weights as they are.
+
+        Args:
+            base_model: on its device.
+            sites: to merge into.
+            scale: alpha; 1 for adapters of users, who have alphas of their own.
+            pristine: where the copies lie.
+            rounding: of the sums.
+            homes: where `pristine=host` lies, by site: the device that fits; None: the host.
+        """
         self._scale = scale
         self._rounding = rounding
-        self.lost_share: dict[SiteName, Tensor] = {}
+        self._adds_on_base = pristine is Pristine.base
+        self._moved: dict[SiteName, Tensor] = {}  # sampled rows of delta W != 0, as published
+        self._moved_in_use: dict[SiteName, Tensor] = {}
         self._sites: dict[SiteName, _Site] = {}
         for name, spec in sites.items():
             module = base_model.get_submodule(name)
             weight = module.get_parameter("weight")
-            keep = torch.device("cpu") if pristine is Pristine.host else weight.device
+            home = torch.device("cpu") if homes is None else homes[name]
+            keep = weight.device if self._adds_on_base else home
             bias = getattr(module, "bias", None)
             self._sites[name] = _Site(
                 spec,
@@ -128,31 +82,52 @@ class Merger:
                 None if bias is None else bias.detach().to(keep, copy=True),
             )
 
+    @property
+    def lost_share(self) -> dict[SiteName, Tensor]:
+        """What rounding swallowed of the weights in use, by site, for low-precision weights.
+
+        The share of delta W's entries whose merged entry equals the pristine one, in a fixed sample
+        of rows; in all of them for weights of at most `NUM_SAMPLED` entries. Computed when it is
+        asked for: the base device is waited for.
+        """
+        return {
+            name: _share_unchanged(self._sites[name], moved)
+            for name, moved in self._moved_in_use.items()
+        }
+
     @torch.no_grad()
     def publish(self, adapter: SiteAdapter) -> dict[str, Tensor]:
-        """The site's merged weight, and its bias if the adapter has one, in the base dtype."""
+        """The site's merged weight, or what `install` makes it from; its bias if it changes."""
         adapter = require_linear(adapter)
         site = self._sites[adapter.spec.name]
-        delta = to_base_layout(adapter.delta_weight(), site.spec)
-        published = {"weight": self._merge(site.weight, delta, adapter.spec.name)}
-        delta_bias = adapter.delta_bias()
+        update, delta_bias = _update_of(adapter), adapter.delta_bias()
+        if sum_dtype(site.weight, update) is not site.weight.dtype:
+            self._moved[site.spec.name] = update.rows(_sampled_rows(site.weight)) != 0
+        if self._adds_on_base:
+            return _snapshot(adapter, update, delta_bias)
+        home = update.left.device
+        # Pinned memory is what the base device fetches from fast.
+        pinned = home.type == "cpu" and site.module.get_parameter("weight").is_cuda
+        published = {"weight": torch.empty_like(site.weight, device=home, pin_memory=pinned)}
         if delta_bias is not None:
-            none = torch.zeros_like(delta_bias, dtype=site.weight.dtype)
-            bias = none if site.bias is None else site.bias
-            published["bias"] = self._merge(bias, delta_bias, None)
+            published["bias"] = torch.empty_like(delta_bias, dtype=site.weight.dtype)
+        self._add(site, update, delta_bias, published)
         return published
 
     @torch.no_grad()
     def install(self, site: SiteName, published: Mapping[str, Tensor]) -> None:
-        """Copies merged weights into the base model, in place: views keep their parameter."""
-        module = self._sites[site].module
-        for name, tensor in published.items():
-            parameter = getattr(module, name)
-            if parameter is None:
-                weight = module.get_parameter("weight")
-                parameter = nn.Parameter(torch.empty_like(tensor, device=weight.device), False)
-                module.register_parameter(name, parameter)
-            parameter.copy_(tensor, non_blocking=True)
+        """Writes merged weights into the base model, in place: views keep their parameter."""
+        merged = self._sites[site]
+        if self._adds_on_base:
+            update = Update(published["left"], published.get("right"))
+            delta_bias = published.get("delta_bias")
+            self._add(merged, update, delta_bias, _parameters(merged.module, delta_bias))
+        else:
+            parameters = _parameters(merged.module, published.get("bias"))
+            for name, tensor in published.items():
+                parameters[name].copy_(tensor, non_blocking=True)
+        if site in self._moved:
+            self._moved_in_use[site] = self._moved[site]
 
     def adapt(self, site: SiteName, hidden_input: Tensor, hidden: Tensor) -> Tensor:
         """The weight holds the adapter already."""
@@ -161,6 +136,7 @@ class Merger:
     @torch.no_grad()
     def remove(self) -> None:
         """Restores every weight bit for bit."""
+        self._moved_in_use.clear()
         for site in self._sites.values():
             site.module.get_parameter("weight").copy_(site.weight)
             if site.bias is not None:
@@ -168,31 +144,65 @@ class Merger:
             elif getattr(site.module, "bias", None) is not None:
                 site.module.register_parameter("bias", None)
 
-    def _merge(self, weight: Tensor, delta: Tensor, site: SiteName | None) -> Tensor:
-        dtype = torch.promote_types(torch.promote_types(torch.float32, weight.dtype), delta.dtype)
-        wide = weight.to(delta.device, dtype)
-        delta = delta.to(dtype)
-        exact = torch.add(wide, delta, alpha=self._scale)
-        if weight.dtype is dtype:
-            return exact
-        is_stochastic = self._rounding is Rounding.stochastic and weight.dtype is torch.bfloat16
-        merged = _round_stochastically(exact) if is_stochastic else exact.to(weight.dtype)
-        if site is not None:
-            lost = (merged.to(dtype) == wide) & (delta != 0)
-            self.lost_share[site] = lost.sum() / (delta != 0).sum().clamp(min=1)
-        return merged
+    def _add(
+        self, site: _Site, update: Update, delta_bias: Tensor | None, out: Mapping[str, Tensor]
+    ) -> None:
+        """Writes the merged weight of a site, and its bias if that changes."""
+        scale, rounding = self._scale, self._rounding
+        add_rounded(site.weight, update, out["weight"], scale=scale, rounding=rounding)
+        if delta_bias is not None:
+            bias = torch.zeros_like(out["bias"]) if site.bias is None else site.bias
+            update = Update(delta_bias[:, None])
+            add_rounded(bias, update, out["bias"], scale=scale, rounding=rounding)
 
 
-def _round_stochastically(exact: Tensor) -> Tensor:
-    """float32 to bfloat16, up or down with probabilities that make the mean exact.
+def _update_of(adapter: MergeableAdapter | UserAdapters) -> Update:
+    """Rows that are added to the base weight; as factors, if these are fewer numbers."""
+    is_transposed = adapter.spec.kind is SiteKind.conv1d
+    factors = adapter.delta_factors()
+    if factors is not None:
+        left, right = (factors[1].T, factors[0].T) if is_transposed else factors
+        if left.numel() + right.numel() < len(left) * right.shape[1]:
+            return Update(left.contiguous(), right.contiguous())  # as they travel: equal products
+    return Update(to_base_layout(adapter.delta_weight(), adapter.spec).flatten(1))
 
-    bfloat16 is the upper half of float32: adding 16 random bits below it and cutting them off
-    carries with just the right probability. The noise is seeded by the values themselves, so that
-    a resumed run rounds alike without a generator to save.
-    """
-    bits = int(exact.sum(dtype=torch.float64).view(torch.int64))
-    # A generator reads 32 bits of its seed, and the low ones of a short sum are all zero.
-    generator = torch.Generator().manual_seed((bits ^ bits >> 32) & 0xFFFFFFFF)
-    noise = torch.randint(0, 1 << 16, exact.shape, generator=generator, dtype=torch.int32)
-    rounded = exact.float().view(torch.int32) + noise.to(exact.device)
-    return (rounded & -65536).view(torch.float32).to(torch.bfloat16)
+
+def _snapshot(
+    adapter: MergeableAdapter | UserAdapters, update: Update, delta_bias: Tensor | None
+) -> dict[str, Tensor]:
+    """What is added, contiguous, and apart from parameters that the next fit steps in place."""
+    stepped = {parameter.untyped_storage().data_ptr() for parameter in adapter.parameters()}
+    parts = {"left": update.left, "right": update.right, "delta_bias": delta_bias}
+    return {
+        name: part.clone(memory_format=torch.contiguous_format)
+        if part.untyped_storage().data_ptr() in stepped
+        else part.contiguous()
+        for name, part in parts.items()
+        if part is not None
+    }
+
+
+def _parameters(module: nn.Module, bias: Tensor | None) -> dict[str, Tensor]:
+    """The parameters to write, by name; a bias appears where there was none."""
+    weight = module.get_parameter("weight")
+    if bias is None:
+        return {"weight": weight}
+    if module.bias is None:
+        empty = torch.empty_like(bias, dtype=weight.dtype, device=weight.device)
+        module.register_parameter("bias", nn.Parameter(empty, requires_grad=False))
+    return {"weight": weight, "bias": module.get_parameter("bias")}
+
+
+def _sampled_rows(weight: Tensor) -> slice:
+    """About as many rows as `NUM_SAMPLED` entries are, spread evenly."""
+    num_rows = max(1, NUM_SAMPLED // weight[:1].numel())
+    return slice(None, None, -(-len(weight) // num_rows))
+
+
+def _share_unchanged(site: _Site, moved: Tensor) -> Tensor:
+    """Of the sampled entries that the update moves, those that are as they were found."""
+    rows = _sampled_rows(site.weight)
+    pristine, found = site.weight[rows], site.module.get_parameter("weight").detach()[rows]
+    unchanged = (found.to(pristine.device) == pristine).flatten(1)
+    moved = moved.to(unchanged.device)
+    return (unchanged & moved).sum() / moved.sum().clamp(min=1)

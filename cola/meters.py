@@ -6,6 +6,7 @@ owner.
 """
 
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -22,7 +23,7 @@ class BusyTimer:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._seconds = 0.0
-        self._pending: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
     @contextmanager
     def measure(self) -> Iterator[None]:
@@ -45,10 +46,10 @@ class BusyTimer:
 
     def read(self) -> float:
         """Seconds so far; waits for the device."""
-        for begin, end in self._pending:
+        while self._pending:  # another thread may go on adding
+            begin, end = self._pending.popleft()
             end.synchronize()
             self._seconds += begin.elapsed_time(end) / 1000
-        self._pending.clear()
         return self._seconds
 
 

@@ -1,5 +1,6 @@
 """Process-wide state of a run: devices, dtypes, generators, and stopping politely."""
 
+import functools
 import logging
 import random
 import signal
@@ -53,6 +54,24 @@ def set_matmul_precision(*, tf32: bool, device: torch.device) -> None:
     precision = "tf32" if tf32 else "ieee"
     torch.backends.cuda.matmul.fp32_precision = precision
     torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
+
+
+def product_dtype(values: Tensor, master: torch.dtype) -> torch.dtype:
+    """What products of low-precision values are formed in: their own type where that is fast.
+
+    GPUs and newer CPUs multiply bfloat16 natively and sum in float32; on others it is emulated.
+
+    Args:
+        values: adaptation data.
+        master: of the parameters and optimizer states, float32 or float64.
+    """
+    is_narrow = values.dtype is torch.bfloat16
+    return values.dtype if is_narrow and _has_bfloat16_products(values.device.type) else master
+
+
+@functools.cache
+def _has_bfloat16_products(device_type: str) -> bool:
+    return device_type == "cuda" or torch.cpu._is_avx512_bf16_supported()
 
 
 def seed_everything(seed: int) -> None:

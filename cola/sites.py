@@ -24,6 +24,17 @@ class SiteKind(Enum):
     conv2d = "conv2d"  # torch.nn.Conv2d, weight (H, D, height, width)
 
 
+class RowStream(Enum):
+    """Which of a batch's padded texts the rows of a site are tokens of.
+
+    A row of padding has no hidden gradient, so that it need not leave the base device.
+    """
+
+    whole = "whole"  # no padded text (images, heads), or it is not known which
+    inputs = "inputs"  # what the model reads, `input_ids`
+    targets = "targets"  # what an encoder-decoder writes, `labels`
+
+
 @dataclass(frozen=True, kw_only=True)
 class SiteSpec:
     """Shape of one site.
@@ -35,6 +46,7 @@ class SiteSpec:
         out_features: H, size of the hidden representation.
         adapter_bias: a linear adapter here has a bias (new heads and image models).
         is_head: a newly initialised head, which always gets a linear adapter.
+        stream: what its rows are tokens of.
         kernel_size, stride, padding, dilation: of a Conv2d, else ones and zeros.
     """
 
@@ -44,6 +56,7 @@ class SiteSpec:
     out_features: int
     adapter_bias: bool = False
     is_head: bool = False
+    stream: RowStream = RowStream.whole
     kernel_size: tuple[int, int] = (1, 1)
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)

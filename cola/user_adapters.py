@@ -62,6 +62,19 @@ class UserAdapters(nn.Module):
         """What all users that take part mean for the base weight, alphas and 1/K included."""
         return self._reduced(lambda stack, shares: stack.delta_weight(shares))
 
+    def delta_factors(self) -> tuple[Tensor, Tensor] | None:
+        """(H, S) and (S, D) or (S, D * kh * kw), whose product is the delta weight.
+
+        S is the sum of all users' ranks, each filled up to its cohort's largest. None if a user's
+        adapter is not a low-rank one.
+        """
+        found = [stack.delta_factors(self._shares(stack)) for stack in self.stacks]
+        factors = [pair for pair in found if pair is not None]
+        if len(factors) < len(found):
+            return None
+        b, a = zip(*factors, strict=True)
+        return torch.cat(b, dim=1), torch.cat(a)
+
     def delta_bias(self) -> Tensor | None:
         """The same for the bias, (H,), or None."""
         if all(stack.delta_bias(self._shares(stack)) is None for stack in self.stacks):

@@ -22,7 +22,8 @@ def user_gradients(stack: UserStack, data: AdaptationData, rows: UserRows) -> di
 
     Args:
         stack: one cohort's adapters.
-        data: x (N, D) and g (N, H) of the cohort's users, grouped by user.
+        data: x (N, D) and g (N, H) of the cohort's users, grouped by user; products are formed in
+            their dtype.
         rows: whose they are; N in all.
 
     Returns:
@@ -36,11 +37,12 @@ def user_gradients(stack: UserStack, data: AdaptationData, rows: UserRows) -> di
         return _member_gradients(stack, data, rows)
     # A filler row repeats a row of the same user; without a gradient it teaches nothing.
     x, g = tiles.cut(x), tiles.cut(g, fill=0.0)  # (S, c, D), (S, c, H)
+    master = next(stack.parameters()).dtype
     if not isinstance(adapter, LowRankAdapter | LinearAdapter):
-        return _surrogate_gradients(stack, x, g, rows)
+        return _surrogate_gradients(stack, x.to(master), g.to(master), rows)
     g = _scaled(g, tiles.pick(stack.alphas(g))[:, None, None], stack)
     if isinstance(adapter, LowRankAdapter):
-        a, b = tiles.pick(adapter.lora_a), tiles.pick(adapter.lora_b)
+        a, b = (tiles.pick(p).to(x.dtype) for p in (adapter.lora_a, adapter.lora_b))
         per_tile = {
             "lora_a": torch.bmm(torch.bmm(g, b).mT, x),  # (S, R, D)
             "lora_b": torch.bmm(g.mT, torch.bmm(x, a.mT)),  # (S, H, R)
@@ -49,7 +51,8 @@ def user_gradients(stack: UserStack, data: AdaptationData, rows: UserRows) -> di
         per_tile = {"weight": torch.bmm(g.mT, x)}
         if adapter.bias is not None:
             per_tile["bias"] = g.sum(dim=1)
-    return {name: tiles.add_up(part, stack.num_users) for name, part in per_tile.items()}
+    # Products are formed in the data's dtype, sums over tiles in the parameters'.
+    return {name: tiles.add_up(part.to(master), stack.num_users) for name, part in per_tile.items()}
 
 
 @torch.no_grad()
@@ -65,9 +68,9 @@ def shared_gradients(stack: UserStack, data: AdaptationData, shares: Tensor) -> 
         By parameter name, (K, ...).
     """
     adapter, x, g = stack.adapter, data.hidden_input, data.hidden_gradient
-    shares = shares.to(g)
+    shares = shares.to(next(stack.parameters()))
     if isinstance(adapter, LowRankAdapter) and adapter.spec.kind is not SiteKind.conv2d:
-        a, b = adapter.lora_a, adapter.lora_b  # (K, R, D), (K, H, R)
+        a, b = adapter.lora_a.to(x.dtype), adapter.lora_b.to(x.dtype)  # (K, R, D), (K, H, R)
         wide_b = b.transpose(0, 1).flatten(1)  # (H, K R): all users as one adapter of that rank
         grad_a = ((g @ wide_b).T @ x).view_as(a)
         grad_b = (g.T @ (x @ a.flatten(0, 1).T)).view(-1, *b.shape[::2]).transpose(0, 1)

@@ -122,14 +122,26 @@ class UserStack(nn.Module):
         For low-rank users one product of rank K R.
         """
         adapter = self.adapter
-        shares = shares.to(next(adapter.parameters()))
-        if isinstance(adapter, LowRankAdapter):
-            b = (adapter.lora_b.flatten(2) * shares[:, None, None]).transpose(0, 1)  # (H, K, R)
-            product = b.flatten(1) @ adapter.lora_a.flatten(2).flatten(0, 1)
-            return product.reshape(-1, *adapter.lora_a.shape[2:])
+        factors = self.delta_factors(shares)
+        if factors is not None:
+            assert isinstance(adapter, LowRankAdapter)
+            b, a = factors
+            return (b @ a).reshape(-1, *adapter.lora_a.shape[2:])
         assert isinstance(adapter, LinearAdapter)
-        total: Tensor = torch.tensordot(shares, adapter.weight, dims=1)
+        total: Tensor = torch.tensordot(shares.to(adapter.weight), adapter.weight, dims=1)
         return total
+
+    @torch.no_grad()
+    def delta_factors(self, shares: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(H, K R) and (K R, D) or (K R, D * kh * kw), whose product is the delta weight.
+
+        Shares are part of the first. None for other adapters than low-rank ones.
+        """
+        adapter = self.adapter
+        if not isinstance(adapter, LowRankAdapter):
+            return None
+        b = adapter.lora_b.flatten(2) * shares.to(adapter.lora_b)[:, None, None]  # (K, H, R)
+        return b.transpose(0, 1).flatten(1), adapter.lora_a.flatten(2).flatten(0, 1)
 
     def delta_bias(self, shares: Tensor) -> Tensor | None:
         """Sum of share_k delta b_k, (H,); None where adapters have no bias."""

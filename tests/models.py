@@ -71,7 +71,7 @@ def learner_of(
         mode=mode,
         optimizer=tiny.optimizer(),
         reduction=Reduction.mean,
-        num_workers=num_workers,
+        offload=tiny.offload_plan(num_workers),
     )
     return build_gradient_learner(base.module, base.sites, copy.deepcopy(adapters), settings)
 

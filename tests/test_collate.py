@@ -12,6 +12,7 @@ from torch.nn import functional
 from cola.config.choices import Objective, Padding
 from cola.config.schema import TaskConfig
 from cola.errors import ConfigError
+from cola.sites import RowStream
 from cola.tasks.collate import (
     CausalCollator,
     PairCollator,
@@ -185,6 +186,20 @@ def test_terms_are_counted_row_by_row() -> None:
         assert batch.row_terms is not None
         assert batch.row_terms.dtype == torch.int64
         assert batch.num_terms == batch.row_terms.sum()
+
+
+@pytest.mark.parametrize("length", [None, 6])
+def test_batches_know_where_they_are_padded(length: int | None) -> None:
+    text = text_collator(length=length)(text_rows([2, 5]))
+    causal = CausalCollator(pad_id=PAD, length=length)(causal_rows([(0, 2), (3, 2)]))
+    pair = PairCollator(pad_id=PAD, start_id=7, length=length)(pair_rows([(4, 3), (1, 5)]))
+    for batch in (text, causal, pair):
+        found = batch.row_masks[RowStream.inputs]
+        assert found.dtype == torch.bool
+        assert torch.equal(found.long(), batch.inputs["attention_mask"])
+    assert text.row_masks.keys() == causal.row_masks.keys() == {RowStream.inputs}
+    assert torch.equal(pair.row_masks[RowStream.targets], pair.labels != -100)
+    assert collate_images([{"pixels": torch.zeros(1, 2, 2), "label": 0}]).row_masks == {}
 
 
 def test_image_collator_stacks_pixels() -> None:

@@ -53,6 +53,7 @@ KEYS = [
     "method.name",
     "method.sites",
     "method.activation_offload",
+    "method.adapter_dtype",
     "method.init_rank",
     "method.target_rank",
     "method.beta",
@@ -79,7 +80,13 @@ KEYS = [
     "users.local_seconds",
     "users.local_late",
     "offload.name",
+    "offload.device",
     "offload.workers",
+    "offload.payload",
+    "offload.base_gradients",
+    "offload.staleness",
+    "offload.drop_padding",
+    "offload.wire_dtype",
     "tracking.name",
     "tracking.project",
     "tracking.entity",
@@ -111,6 +118,15 @@ KEYS = [
     "generation.batch_size",
     "checkpoint.every",
     "checkpoint.keep",
+    "bench.table",
+    "bench.models",
+    "bench.rows",
+    "bench.batch_sizes",
+    "bench.offload",
+    "bench.lengths",
+    "bench.warmup",
+    "bench.iterations",
+    "bench.redo",
     "seed",
     "split_seed",
     "device",
@@ -173,7 +189,7 @@ def test_experiment_overrides_task_and_yields_to_the_command_line():
     assert (config.trainer.max_steps, config.tracking.name) == (5, TrackingName.wandb)
 
 
-ROWS = [name for name in group_choices()["experiment"] if name.startswith("table")]
+ROWS = [name for name in group_choices()["experiment"] if name.startswith(("table4_", "table8_"))]
 
 
 def test_rows_of_the_tables_of_users_are_complete():

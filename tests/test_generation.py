@@ -19,6 +19,7 @@ from cola.interfaces import Problem, Split, TaskData
 from cola.models import BaseModel, build_base_model
 from cola.tasks.collate import build_prompt_collator
 from cola.user_rows import UserRows
+from tests import tiny
 from tests.configs import changed
 from tests.models import OBJECTIVES, model_of, text_problem
 from tests.tiny import optimizer
@@ -72,7 +73,7 @@ class Subject:
                 mode=mode,
                 optimizer=optimizer(),
                 reduction=Reduction.mean,
-                num_workers=0,
+                offload=tiny.offload_plan(0),
             ),
         )
 

@@ -5,7 +5,17 @@ import copy
 import pytest
 import torch
 
-from cola.config.choices import AdapterKind, MergeMode, UserGradient, UserLoss, UsersMode
+from cola.config.choices import (
+    AdapterKind,
+    MergeMode,
+    Payload,
+    Pristine,
+    UserGradient,
+    UserLoss,
+    UsersMode,
+)
+from cola.gradient_wiring import build_gradient_learner
+from cola.offload.placing import OffloadPlan
 from tests import tiny, users
 from tests.tolerances import EXACT
 
@@ -35,6 +45,61 @@ def test_weights_equal_autograd_on_gpu(
     wanted = {site: copy.deepcopy(adapter).cpu() for site, adapter in oracle.export().items()}
     assert tiny.distance(found, wanted, start) <= EXACT
     learner.close()
+
+
+PLANS = {
+    "cpu-factors": OffloadPlan(devices=(torch.device("cpu"),), workers=2),
+    "cpu-gradient": OffloadPlan(devices=(torch.device("cpu"),), payload=Payload.gradient),
+    "cpu-auto": OffloadPlan(
+        devices=(torch.device("cpu"),), payload=Payload.auto, base_gradients=True, num_rows=64
+    ),
+    "gpu-factors": OffloadPlan(devices=(torch.device("cuda:1"),)),
+    "gpu-gradient": OffloadPlan(devices=(torch.device("cuda:1"),), payload=Payload.gradient),
+}
+
+
+@pytest.mark.parametrize("interval", [1, 2])
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(
+    ("kind", "mode", "pristine"),
+    [
+        (AdapterKind.lowrank, MergeMode.unmerged, Pristine.host),
+        (AdapterKind.lowrank, MergeMode.merged, Pristine.host),
+        (AdapterKind.lowrank, MergeMode.merged, Pristine.base),
+        (AdapterKind.linear, MergeMode.merged, Pristine.host),
+        (AdapterKind.linear, MergeMode.merged, Pristine.base),
+        (AdapterKind.mlp, MergeMode.unmerged, Pristine.host),
+    ],
+)
+@pytest.mark.parametrize("net", [tiny.TinyNet, tiny.CheckpointedNet, tiny.TinyConv])
+def test_every_payload_and_device_equals_autograd(
+    net: type[torch.nn.Module],
+    kind: AdapterKind,
+    mode: MergeMode,
+    pristine: Pristine,
+    plan: str,
+    interval: int,
+) -> None:
+    if plan.startswith("gpu") and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    if "gradient" in plan and kind is not AdapterKind.linear and mode is MergeMode.merged:
+        pytest.skip("refused by the configuration")
+    plain = tiny.net(tiny.TinyNet if net is tiny.CheckpointedNet else net)
+    start = tiny.filled_adapters(plain, kind)
+    stream = tiny.batches(plain, 25)
+    oracle = tiny.oracle_learner(plain, start)
+    tiny.train(oracle, stream, interval=interval)
+    base = tiny.net(net).cuda()
+    learner = build_gradient_learner(
+        base, tiny.specs(base), copy.deepcopy(start),
+        tiny.settings(mode=mode, pristine=pristine, offload=PLANS[plan]),
+    )  # fmt: skip
+    tiny.train(learner, [batch.to(torch.device("cuda")) for batch in stream], interval=interval)
+    found = {site: copy.deepcopy(adapter).cpu() for site, adapter in learner.export().items()}
+    assert tiny.distance(found, oracle.export(), start) <= EXACT
+    learner.close()
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(base.get_parameter(name).cpu(), parameter), name
 
 
 OWNERS = [[0, 0, 1, 2], [0, 2, 2, 2, 2], [1, 1], [0, 1, 2], [2, 2, 2], [0], [0, 1, 1, 2, 2]]

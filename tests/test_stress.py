@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from torch import nn
 
+from cola.bank import Bank
 from cola.config.choices import AdapterKind, MergeMode
 from cola.interfaces import Adaptation
-from cola.merging import Bank, Merger
+from cola.merging import Merger
 from cola.offload.fitter import AdapterFitter
 from cola.offload.fleet import Fleet
 from cola.offload.transfer import Transfer
@@ -21,7 +22,7 @@ from tests.tolerances import EXACT
 
 MAX_DELAY_SECONDS = 0.003
 HANDOVERS = [
-    (Transfer, "send"),
+    (Transfer, "ship"),
     (Fleet, "close"),  # a delay after it lets a fit overtake the site's own product with W
     (AdapterFitter, "accumulate"),
     (AdapterFitter, "step"),

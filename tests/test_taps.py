@@ -9,15 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from cola.adaptation_data import AdaptationData
+from cola.adaptation_data import AdaptationData, Parcel
 from cola.adapters import Adapter
 from cola.config.choices import AdapterKind, MergeMode, Objective
 from cola.errors import SiteError
 from cola.interfaces import Adaptation, Batch
+from cola.kept_rows import KeptRows
 from cola.merging import Merger
 from cola.objectives import task_loss
-from cola.sites import SiteName
+from cola.sites import SiteName, flatten_rows
 from cola.taps import Taps
+from cola.user_rows import UserRows
 from tests import tiny
 from tests.tolerances import EXACT
 
@@ -46,10 +48,33 @@ class Probe:
         self.events: list[tuple[str, SiteName, str]] = []
         self.data: dict[SiteName, list[AdaptationData]] = {}
         self.on_close: Callable[[], None] = lambda: None
+        self.leaves_early = False
 
-    def put(self, site: SiteName, data: AdaptationData) -> None:
+    def takes_early(self, site: SiteName) -> bool:
+        return self.leaves_early
+
+    def send_input(
+        self, site: SiteName, hidden_input: Tensor, dtype: torch.dtype, kept: KeptRows | None
+    ) -> Parcel:
+        self.events.append(("send", site, self.phase))
+        copy = flatten_rows(hidden_input.detach().to(dtype).clone(), self.taps._sites[site])
+        return lambda: copy
+
+    def put(
+        self,
+        site: SiteName,
+        hidden_input: Parcel,
+        hidden_gradient: Tensor,
+        kept: KeptRows | None,
+        rows: UserRows | None,
+    ) -> None:
         self.events.append(("put", site, self.phase))
-        self.data.setdefault(site, []).append(data)
+        gradient = flatten_rows(hidden_gradient, self.taps._sites[site])
+        found = AdaptationData(hidden_input=hidden_input(), hidden_gradient=gradient)
+        self.data.setdefault(site, []).append(found)
+
+    def is_ready(self, site: SiteName, version: int) -> bool:
+        return True
 
     def close(self, site: SiteName) -> None:
         self.events.append(("close", site, self.phase))

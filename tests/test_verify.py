@@ -4,7 +4,8 @@ import pytest
 
 from cola.cli import verify as command
 from cola.cli.app import BAD_CONFIG, DONE, FAILED, run_command
-from cola.offload import fitter, user_fitter
+from cola.offload import user_fitter
+from cola.offload.fitter import AdapterFitter
 from cola.verify import Check, run_checks, verify
 from tests.runs import config_of, small_synthetic
 
@@ -110,13 +111,18 @@ def test_command_exits_by_its_verdict(capsys, merge, code):
     assert ("DIFFERS" in capsys.readouterr().out) == (code == FAILED)
 
 
+def make_wrong(monkeypatch, factor):
+    """Multiplies what a fitter adds up of a site by factor(site)."""
+    true = AdapterFitter._add
+
+    def wrong(self, site, gradients):
+        true(self, site, {name: factor(site) * gradient for name, gradient in gradients.items()})
+
+    monkeypatch.setattr(AdapterFitter, "_add", wrong)
+
+
 def test_wrong_gradient_is_caught(monkeypatch):
-    true = fitter.adapter_gradients
-
-    def slightly_wrong(*arguments):
-        return {name: 1.001 * gradient for name, gradient in true(*arguments).items()}
-
-    monkeypatch.setattr(fitter, "adapter_gradients", slightly_wrong)
+    make_wrong(monkeypatch, lambda site: 1.001)
     checks = run_checks(config_of(*MODELS["tiny-roberta"]))
     gradients = [check for check in checks if "Proposition 2" not in check.name]
     assert all(check.error == pytest.approx(1e-3) for check in gradients)
@@ -124,13 +130,7 @@ def test_wrong_gradient_is_caught(monkeypatch):
 
 
 def test_wrong_gradient_of_one_site_is_named(monkeypatch, caplog):
-    true = fitter.adapter_gradients
-
-    def wrong_at_one(adapter, data, scale):
-        factor = 2 if adapter.spec.name == "linear2" else 1
-        return {name: factor * g for name, g in true(adapter, data, scale).items()}
-
-    monkeypatch.setattr(fitter, "adapter_gradients", wrong_at_one)
+    make_wrong(monkeypatch, lambda site: 2 if site == "linear2" else 1)
     checks = run_checks(config_of("task=digits"))
     assert [check.name for check in checks if not check.holds] == ["linear2"]
     assert not verify(config_of("task=digits"))

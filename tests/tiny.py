@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from cola.gradient_learner import GradientLearner, set_training_mode
 from cola.gradient_wiring import GradientLearning, build_gradient_learner
 from cola.interfaces import Adaptation, Batch, Learner
 from cola.objectives import task_loss
+from cola.offload.placing import OffloadPlan
 from cola.optimizers import build_optimizer, optimizer_step
 from cola.oracle import attach_trainable
 from cola.sites import SiteName, SiteSpec, describe_site
@@ -246,6 +247,12 @@ def filled_adapters(
     return adapters
 
 
+def offload_plan(num_workers: int) -> OffloadPlan:
+    """Fits on threads of the host, or, with none, on the base device."""
+    devices = (torch.device("cpu"),) if num_workers else ()
+    return OffloadPlan(devices=devices, workers=num_workers or None)
+
+
 def gradient_learner(
     model: nn.Module,
     adapters: dict[SiteName, Adapter],
@@ -263,18 +270,28 @@ def gradient_learner(
         model,
         specs(model),
         copy.deepcopy(adapters),
-        GradientLearning(
-            objective=Objective.classification,
-            scale=SCALE,
+        settings(
             mode=mode,
             pristine=pristine,
             rounding=rounding,
             optimizer=optimizer_config or optimizer(),
             reduction=reduction,
-            num_workers=0 if offload == "none" else num_workers,
+            offload=offload_plan(0 if offload == "none" else num_workers),
             evaluates_merged=evaluate_merged,
         ),
     )
+
+
+def settings(**changes: Any) -> GradientLearning:
+    usual: dict[str, Any] = {
+        "objective": Objective.classification,
+        "scale": SCALE,
+        "mode": MergeMode.unmerged,
+        "optimizer": optimizer(),
+        "reduction": Reduction.mean,
+        "offload": OffloadPlan(),
+    }
+    return GradientLearning(**usual | changes)
 
 
 def oracle_learner(

@@ -144,7 +144,7 @@ def learner(
             mode=mode,
             optimizer=optimizer or tiny.optimizer(),
             reduction=reduction,
-            num_workers=num_workers,
+            offload=tiny.offload_plan(num_workers),
             users=UserLearning(
                 roster=own, gradient=gradient, loss=loss, visits=visits, local=local
             ),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from cola.adapters import Adapter, LinearAdapter, LowRankAdapter, adapter_generator
+from cola.config.choices import AdapterDType
 from cola.config.schema import AdapterConfig
 from cola.sites import SiteKind, SiteName, SiteSpec
 
@@ -31,7 +32,12 @@ class _Delta(nn.Module):
 
 
 def inject_lora(
-    model: nn.Module, sites: Mapping[SiteName, SiteSpec], config: AdapterConfig, *, seed: int
+    model: nn.Module,
+    sites: Mapping[SiteName, SiteSpec],
+    config: AdapterConfig,
+    *,
+    seed: int,
+    dtype: AdapterDType = AdapterDType.float32,
 ) -> tuple[dict[str, nn.Parameter], Callable[[], dict[SiteName, Adapter]]]:
     """Adds LoRA layers to a model in place.
 
@@ -40,6 +46,7 @@ def inject_lora(
         sites: where; heads get a full delta.
         config: rank and alpha (`lora_alpha` is alpha * rank, so alpha is the scale).
         seed: of the adapters.
+        dtype: of A and B; a delta of a head has the base model's.
 
     Returns:
         Trainable parameters by name, and a function that gives the trained adapters by site.
@@ -55,7 +62,9 @@ def inject_lora(
         reference.reset_parameters(adapter_generator(seed, name))
         for key, value in (("lora_A", reference.lora_a), ("lora_B", reference.lora_b)):
             parameter = layer.get_parameter(f"{key}.default.weight")
-            parameter.data = value.detach().to(parameter)
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            own = parameter.dtype if dtype is AdapterDType.base else wide
+            parameter.data = value.detach().to(parameter.device, own)
             trainable[f"{name}.{key}.default.weight"] = parameter
     for name in heads:
         trainable |= _train_delta(model, name, config.alpha)

@@ -5,7 +5,7 @@ second.
 """
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from cola.config.groups import describe_choice, group_choices
 from cola.config.keys import schema_keys, section_names, word
@@ -33,7 +33,16 @@ Exit codes:
 """
 
 
-def help_text(name: str, summary: str, examples: Sequence[str], failure: str = "") -> str:
+def help_text(
+    name: str,
+    summary: str,
+    examples: Sequence[str],
+    failure: str = "",
+    *,
+    hidden: Collection[str] = ("bench",),
+    options: str = _OPTIONS,
+    run_dir: str = _RUN_DIR,
+) -> str:
     """The whole text.
 
     Args:
@@ -41,16 +50,19 @@ def help_text(name: str, summary: str, examples: Sequence[str], failure: str = "
         summary: what it does, one paragraph.
         examples: command lines, each with a comment.
         failure: what else exit code 1 means for this command.
+        hidden: sections of keys that the command does not read.
+        options: lines of the command's own.
+        run_dir: where it writes.
     """
     parts = [
         f"usage: {name} [options] [group=choice ...] [key=value ...]\n",
         textwrap.fill(summary, _WIDTH) + "\n",
         "Examples:\n" + "".join(f"  {example}\n" for example in examples),
-        _OPTIONS,
+        options,
         "Groups (group=choice; a task brings its own model, the command line wins):\n" + _groups(),
         "Keys (key=value, with the schema's defaults; groups may set others):\n"
-        + _keys()
-        + _RUN_DIR,
+        + _keys(hidden)
+        + run_dir,
         _EXIT_CODES.format(failure=failure),
     ]
     return "\n".join(parts)
@@ -72,9 +84,11 @@ def _groups() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _keys() -> str:
+def _keys(hidden: Collection[str]) -> str:
     lines = []
     for section in ("", *section_names()):
+        if section in hidden:
+            continue
         keys = [k for k in schema_keys().values() if k.path.rpartition(".")[0] == section]
         words = ", ".join(f"{k.path.rpartition('.')[2]}={_default(k.default)}" for k in keys)
         title = f"  {section}." if section else "  (root)"

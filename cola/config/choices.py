@@ -52,8 +52,39 @@ class MethodName(Enum):
 class OffloadTarget(Enum):
     """Where adapters are fitted."""
 
-    none = "none"
+    none = "none"  # on the base model's device
     cpu = "cpu"
+    gpu = "gpu"  # on another one
+
+
+class Payload(Enum):
+    """What of a site leaves the base device."""
+
+    factors = "factors"  # hidden input and hidden gradient, the paper's
+    gradient = "gradient"  # the parameters' gradient, formed on the base device
+    auto = "auto"  # whichever was measured to be faster, site by site
+
+
+class WireDType(Enum):
+    """Floating-point type in which adaptation data travels."""
+
+    base = "base"  # the base model's
+    bfloat16 = "bfloat16"
+
+
+class AdapterDType(Enum):
+    """Floating-point type of LoRA's parameters, which decides what multiplies them."""
+
+    float32 = "float32"  # as the PEFT library makes them, whatever the base model's; never narrower
+    base = "base"  # the base model's
+
+
+class RowLengths(Enum):
+    """Tokens of the rows that `cola-bench` makes up; a row is cut to `task.max_length`."""
+
+    full = "full"  # all of task.max_length
+    cola = "cola"  # as the sentences of GLUE's CoLA
+    dolly = "dolly"  # as the instructions and responses of Dolly
 
 
 class UsersMode(Enum):

@@ -7,7 +7,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, cast
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -22,6 +22,7 @@ SUMMARY_FILE = "summary.json"
 # Settings that change neither what is computed nor on what: a run may be resumed under others.
 _NOT_IDENTITY = (
     "experiment_name",  # names the folder
+    "bench.",
     "resume",
     "dry_run",
     "tracking.",
@@ -63,14 +64,19 @@ def config_hash(config: ExperimentConfig) -> str:
 
 
 def config_yaml(config: ExperimentConfig) -> str:
-    """The whole configuration as YAML text."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """A run's whole configuration as YAML text."""
+    return OmegaConf.to_yaml(_of_a_run(config))
 
 
 def config_values(config: ExperimentConfig) -> dict[str, Any]:
-    """The whole configuration as nested dictionaries of plain values."""
-    values = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-    return cast(dict[str, Any], values)
+    """A run's whole configuration as nested dictionaries of plain values."""
+    return cast(dict[str, Any], OmegaConf.to_container(_of_a_run(config), enum_to_str=True))
+
+
+def _of_a_run(config: ExperimentConfig) -> DictConfig:
+    """Without `bench`, which no run reads."""
+    whole = OmegaConf.structured(config)
+    return OmegaConf.masked_copy(whole, [key for key in vars(config) if key != "bench"])
 
 
 def save_config(config: ExperimentConfig, path: Path) -> None:

@@ -25,6 +25,7 @@ _VIRTUAL_TOKENS = {MethodName.prompt, MethodName.prefix, MethodName.ptuning}
 METHOD_KEYS = {
     "sites": {MethodName.adalora, MethodName.ia3},
     "activation_offload": set(MethodName) - {MethodName.cola},
+    "adapter_dtype": {MethodName.lora},
     "init_rank": _ADALORA,
     "target_rank": _ADALORA,
     "beta": _ADALORA,

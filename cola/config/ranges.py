@@ -38,6 +38,7 @@ SEED = Range(contains=lambda value: 0 <= value < 2**32, words="a whole number fr
 POSITIVE = Range(contains=lambda value: 0 < value < math.inf, words="a number > 0")
 NOT_NEGATIVE = Range(contains=lambda value: 0 <= value < math.inf, words="a number >= 0")
 FRACTION = Range(contains=lambda value: 0 <= value < 1, words="a number from 0 to below 1")
+NOT_EMPTY = Range(contains=lambda values: len(values) > 0, words="at least one")
 
 RANGES: dict[str, Range] = {
     "task.max_length": COUNT,
@@ -69,6 +70,7 @@ RANGES: dict[str, Range] = {
     "users.num": OPTIONAL_COUNT,
     "users.local_seconds": POSITIVE,
     "offload.workers": OPTIONAL_COUNT,
+    "offload.staleness": Range(contains=lambda value: value in (0, 1), words="0 or 1"),
     "optimizer.lr": Range(
         contains=lambda value: value is None or 0 < value < math.inf,
         words="a number > 0, or null for the default of the method and task",
@@ -91,6 +93,18 @@ RANGES: dict[str, Range] = {
     "generation.batch_size": COUNT,
     "checkpoint.every": OPTIONAL_COUNT,
     "checkpoint.keep": COUNT,
+    "bench.table": Range(
+        contains=lambda value: value is None or 10 <= value <= 18,
+        words="a table of the paper, 10 to 18, or null",
+    ),
+    "bench.rows": NOT_EMPTY,
+    "bench.batch_sizes": Range(
+        contains=lambda sizes: len(sizes) > 0 and min(sizes) >= 1,
+        words="at least one number of rows, each >= 1",
+    ),
+    "bench.offload": NOT_EMPTY,
+    "bench.warmup": COUNT,
+    "bench.iterations": COUNT,
     "seed": SEED,
     "split_seed": SEED,
     "device": Range(contains=_DEVICE.fullmatch, words="auto, cpu, cuda or cuda:INDEX"),  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from cola.config.choices import (
+    AdapterDType,
     AdapterKind,
     ClipMode,
     DType,
@@ -23,15 +24,18 @@ from cola.config.choices import (
     OptimizerName,
     OtherUsers,
     Padding,
+    Payload,
     Pristine,
     Reduction,
     Rounding,
+    RowLengths,
     ScheduleName,
     SelectOn,
     TrackingName,
     UserGradient,
     UserLoss,
     UsersMode,
+    WireDType,
 )
 
 
@@ -103,6 +107,7 @@ class MethodConfig:
     name: MethodName = MISSING
     sites: list[str] | None = None  # targets of AdaLoRA and IA3; None: the PEFT library's
     activation_offload: bool = False  # tensors saved for the backward pass wait on the CPU
+    adapter_dtype: AdapterDType = AdapterDType.float32  # LoRA
     init_rank: int = 64  # AdaLoRA: ranks per site before the budget shrinks
     target_rank: int = 8  # AdaLoRA: mean ranks per site at the end
     beta: float = 0.85  # AdaLoRA: smoothing of importance and of its uncertainty
@@ -164,7 +169,13 @@ class OffloadConfig:
     """Where adapters are fitted and their optimizer states live."""
 
     name: OffloadTarget = MISSING
+    device: list[str] | None = None  # GPUs (cuda:i) that fit; None: the first beside the base's
     workers: int | None = None  # threads; None: by the machine's cores
+    payload: Payload = Payload.factors
+    base_gradients: bool = False  # payload=auto may form low-rank gradients on the base device
+    staleness: int = 0  # adaptations that the base model may lag behind its adapters; 0 is exact
+    drop_padding: bool = True  # rows of padding stay where they are: their gradient is zero
+    wire_dtype: WireDType = WireDType.base
 
 
 @dataclass(kw_only=True)
@@ -241,6 +252,23 @@ class CheckpointConfig:
 
 
 @dataclass(kw_only=True)
+class BenchConfig:
+    """What `cola-bench` measures; no other command reads it."""
+
+    table: int | None = None  # of the paper: 10 to 18
+    models: list[str] = field(default_factory=list)  # one after another; empty: model=NAME alone
+    rows: list[str] = field(default_factory=lambda: ["*"])  # patterns of names; --dry lists them
+    batch_sizes: list[int] = field(
+        default_factory=lambda: [1, 8, 32]
+    )  # rows, of all users together
+    offload: list[OffloadTarget] = field(default_factory=lambda: list(OffloadTarget))
+    lengths: RowLengths = RowLengths.full
+    warmup: int = 3  # iterations that are not measured
+    iterations: int = 10  # 3 where one takes over 5 s
+    redo: bool = False  # measures rows anew that the folder has already
+
+
+@dataclass(kw_only=True)
 class ExperimentConfig:
     """Everything that decides a run's numbers, and where it writes."""
 
@@ -258,6 +286,7 @@ class ExperimentConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    bench: BenchConfig = field(default_factory=BenchConfig)
     seed: int = 0
     split_seed: int = 0  # splits are seeded apart, so that seeds share a split
     device: str = "auto"  # the base model's: auto, cpu or cuda:i

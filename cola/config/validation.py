@@ -8,6 +8,7 @@ must answer at once.
 from collections.abc import Collection
 from pathlib import Path
 
+from cola.config.bench_checks import refuse_bench
 from cola.config.choices import (
     AdapterKind,
     DType,
@@ -21,6 +22,7 @@ from cola.config.choices import (
 )
 from cola.config.keys import flatten, nearest_words, word
 from cola.config.method_checks import check_method
+from cola.config.offload_checks import check_offload
 from cola.config.own_data import check_own_data
 from cola.config.ranges import RANGES
 from cola.config.schema import ExperimentConfig
@@ -42,6 +44,7 @@ def validate(config: ExperimentConfig, given: Collection[str] = ()) -> None:
     Raises:
         ConfigError: what was given, what is allowed, what to change.
     """
+    refuse_bench(config, given)
     values = flatten(config)
     for key, allowed in RANGES.items():
         if not allowed.contains(values[key]):
@@ -50,6 +53,7 @@ def validate(config: ExperimentConfig, given: Collection[str] = ()) -> None:
     _check_model_and_task(config)
     check_method(config, given)
     check_users(config, given)
+    check_offload(config, given)
     _check_merge(config)
     _check_optimizer(config)
     _check_data_dir(config)

@@ -20,6 +20,8 @@ from cola.sites import SiteName, SiteSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True, kw_only=True)
 class BaseModel:
@@ -61,11 +63,18 @@ def stored_names(module: nn.Module) -> frozenset[str]:
 
 
 @contextmanager
-def seeded_weights(seed: int) -> Iterator[None]:
-    """Random weights drawn inside depend on the seed alone; the global state is left as found."""
-    with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed, which would also reseed every GPU.
+def seeded_weights(seed: int, device: torch.device = CPU) -> Iterator[None]:
+    """Random weights drawn inside depend on the seed alone; the global state is left as found.
+
+    On a GPU they are other ones than on the CPU.
+    """
+    gpus = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpus):
+        # Not torch.manual_seed, which would also reseed every other GPU.
         torch.default_generator.manual_seed(seed)
+        for gpu in gpus:
+            with torch.cuda.device(gpu):
+                torch.cuda.manual_seed(seed)
         yield
 
 

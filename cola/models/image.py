@@ -48,7 +48,9 @@ class ImageModel(nn.Module):
         return ImageOutput(logits=hidden)
 
 
-def build_image(model: ModelConfig, problem: Problem, *, seed: int, on_meta: bool) -> BaseModel:
+def build_image(
+    model: ModelConfig, problem: Problem, *, seed: int, on_meta: bool, device: torch.device
+) -> BaseModel:
     """Builds an image model; every parameter is new and every layer a site with bias.
 
     Raises:
@@ -57,8 +59,7 @@ def build_image(model: ModelConfig, problem: Problem, *, seed: int, on_meta: boo
     _check_settings(model, problem)
     settings = dict(model.architecture)
     build_layers = _LAYERS[settings.pop("model_type")]
-    device = "meta" if on_meta else "cpu"
-    with seeded_weights(seed), torch.device(device):
+    with seeded_weights(seed, device), torch.device("meta") if on_meta else device:
         module = ImageModel(build_layers(problem, **settings))
     cast_parameters(module, model.dtype)
     return BaseModel(

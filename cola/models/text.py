@@ -29,6 +29,7 @@ from cola.models.base import (
 )
 from cola.models.hub import find_source, loading
 from cola.models.new_parameters import absent_names, absent_on_meta, outer_sites
+from cola.models.row_streams import with_streams
 from cola.models.site_selection import QV, resolve_sites, site_modules
 from cola.models.tokenizer import build_word_tokenizer, load_tokenizer
 from cola.sites import SiteName
@@ -38,9 +39,9 @@ if TYPE_CHECKING:
 
 
 def build_pretrained(
-    model: ModelConfig, problem: Problem, *, seed: int, on_meta: bool
+    model: ModelConfig, problem: Problem, *, seed: int, on_meta: bool, device: torch.device
 ) -> BaseModel:
-    """Loads a pretrained model; the seed decides its new heads.
+    """Loads a pretrained model; the seed decides its new heads, drawn on the CPU.
 
     Raises:
         ConfigError: files are missing or do not fit, or the model does not fit the problem.
@@ -70,10 +71,13 @@ def build_pretrained(
                 output_loading_info=True,
             )
     absent = absent_names(model, problem, module, info)
+    module.to(device)
     return _finish(model, problem, module, tokenizer=tokenizer, new_parameters=absent)
 
 
-def build_random(model: ModelConfig, problem: Problem, *, seed: int, on_meta: bool) -> BaseModel:
+def build_random(
+    model: ModelConfig, problem: Problem, *, seed: int, on_meta: bool, device: torch.device
+) -> BaseModel:
     """Builds an architecture with random weights, a function of the seed alone; all are new.
 
     Raises:
@@ -88,8 +92,10 @@ def build_random(model: ModelConfig, problem: Problem, *, seed: int, on_meta: bo
     if on_meta:
         module = _shapes(model, problem, config, seed)
     else:
-        with seeded_weights(seed):
-            module = auto_class(problem).from_config(config, dtype=torch.float32)
+        # On a GPU not in float32 first: that is twice the memory of a model that may just fit.
+        dtype = torch.float32 if device.type == "cpu" else torch_dtype(model.dtype)
+        with seeded_weights(seed, device), device:
+            module = auto_class(problem).from_config(config, dtype=dtype)
         cast_parameters(module, model.dtype)
         tokenizer = build_word_tokenizer(
             marks_ends=model.family is not Family.decoder, padding_side=_padding_side(problem)
@@ -129,10 +135,11 @@ def _finish(
     _set_pad_token(module, tokenizer)
     if model.gradient_checkpointing:
         _enable_checkpointing(model, module)
+    sites = resolve_sites(module, model, default=QV, heads=heads)
     return BaseModel(
         module=module.eval(),
         tokenizer=tokenizer,
-        sites=resolve_sites(module, model, default=QV, heads=heads),
+        sites=with_streams(sites, module, problem),
         new_parameters=new_parameters,
         decoder_start_id=_decoder_start(model, problem, module),
     )

@@ -49,7 +49,8 @@ class CohortFitter:
         self.taught |= set(taught)
         for name, gradient in gradients.items():
             before = self._gradients.get(name)
-            self._gradients[name] = gradient if before is None else before.add_(gradient)
+            own = gradient.to(self._dtype) if before is None else before.add_(gradient)
+            self._gradients[name] = own
 
     def norms(self, fit: Fit) -> Tensor:
         """(K,) norm of each user's gradient, as it will be stepped before any clip."""

@@ -14,14 +14,20 @@ import torch
 from torch import Tensor
 
 from cola.adaptation_data import AdaptationData
-from cola.adapters import Adapter
+from cola.adapters import Adapter, LinearAdapter, LowRankAdapter
 from cola.config.choices import ClipMode
 from cola.config.schema import OptimizerConfig
 from cola.errors import OffloadError
-from cola.gradient_learning import adapter_gradients
+from cola.gradient_learning import (
+    adapter_gradients,
+    linear_gradients,
+    lowrank_gradients,
+)
 from cola.meters import count_bytes
+from cola.offload.buffers import Buffers
 from cola.optimizers import build_optimizer, optimizer_step
-from cola.sites import SiteName
+from cola.runtime import product_dtype
+from cola.sites import SiteKind, SiteName
 from cola.user_adapters import SiteAdapter
 
 
@@ -57,8 +63,8 @@ class Fitter(Protocol):
     def held_bytes(self) -> Mapping[str, int]:
         """By owner, as of the last step."""
 
-    def accumulate(self, site: SiteName, data: AdaptationData) -> None:
-        """Adds one batch's gradient."""
+    def accumulate(self, batch: Sequence[tuple[SiteName, AdaptationData]]) -> None:
+        """Adds the gradients of one batch, call by call of its sites."""
 
     def gradient_norm(self, site: SiteName, fit: Fit) -> Tensor:
         """Of the interval's gradient, a scalar, or (K,) with users."""
@@ -85,9 +91,22 @@ class AdapterFitter:
     """
 
     def __init__(
-        self, adapters: Mapping[SiteName, Adapter], optimizer: OptimizerConfig, *, scale: float
+        self,
+        adapters: Mapping[SiteName, Adapter],
+        optimizer: OptimizerConfig,
+        *,
+        scale: float,
+        buffers: Buffers | None = None,
     ) -> None:
-        """`scale` is alpha; `optimizer.clip` other than `adapter` is left to the caller."""
+        """Takes over the adapters.
+
+        Args:
+            adapters: by site.
+            optimizer: of the run; its `clip` other than `adapter` is left to the caller.
+            scale: alpha.
+            buffers: memory for gradients on the host, shared with other fitters.
+        """
+        self._buffers = buffers or Buffers()
         self.adapters = dict(adapters)
         self._scale = scale
         # Looked up once: walking a module's parameters costs more than stepping a small adapter.
@@ -104,14 +123,34 @@ class AdapterFitter:
         self.held_bytes: dict[str, int] = {}
         self._note_held()
 
-    def accumulate(self, site: SiteName, data: AdaptationData) -> None:
-        """Adds one batch's gradient; the parameters are constant inside an interval."""
-        gradients = adapter_gradients(self.adapters[site], data.to(self._dtype), self._scale)
-        for name, parameter in self._parameters[site].items():
-            if parameter.grad is None:
-                parameter.grad = gradients[name]
+    @torch.no_grad()
+    def accumulate(self, batch: Sequence[tuple[SiteName, AdaptationData]]) -> None:
+        """Adds the gradients of one batch; the parameters are constant inside an interval."""
+        together: dict[int, list[tuple[SiteName, LowRankAdapter, AdaptationData]]] = {}
+        for site, data in batch:
+            adapter = self.adapters[site]
+            data = data.to(product_dtype(data.hidden_input, self._dtype))
+            if isinstance(adapter, LowRankAdapter) and adapter.spec.kind is not SiteKind.conv2d:
+                key = id(data.hidden_input)  # sites with one input come with one tensor
+                together.setdefault(key, []).append((site, adapter, data))
+            elif isinstance(adapter, LinearAdapter) and _is_matrix_on_host(adapter, data):
+                product = self._buffers.take(adapter.weight.shape, data.hidden_input.dtype)
+                self._add(site, linear_gradients(adapter, data, self._scale, out=product))
+                self._buffers.give(product)
             else:
-                parameter.grad.add_(gradients[name])
+                self._add(site, adapter_gradients(adapter, data, self._scale))
+        for same in together.values():
+            sites, adapters, found = zip(*same, strict=True)
+            gradients = [data.hidden_gradient for data in found]
+            x = found[0].hidden_input
+            for site, own in zip(
+                sites, lowrank_gradients(adapters, x, gradients, self._scale), strict=True
+            ):
+                self._add(site, own)
+
+    def add_gradients(self, site: SiteName, gradients: Mapping[str, Tensor]) -> None:
+        """Adds a batch's gradient that was formed elsewhere."""
+        self._add(site, gradients)
 
     def gradient_norm(self, site: SiteName, fit: Fit) -> Tensor:
         """Norm of the interval's gradient of one adapter, a scalar; zero without data."""
@@ -154,6 +193,8 @@ class AdapterFitter:
             self._note_held()
         for site in stepping:
             for parameter in self._parameters[site].values():
+                if parameter.grad is not None:
+                    self._buffers.give(parameter.grad)
                 parameter.grad = None
         return list(stepping)
 
@@ -194,6 +235,17 @@ class AdapterFitter:
                 parameter.grad = None if gradient is None else gradient.to(parameter, copy=True)
         self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
+    @torch.no_grad()
+    def _add(self, site: SiteName, gradients: Mapping[str, Tensor]) -> None:
+        for name, parameter in self._parameters[site].items():
+            if parameter.grad is not None:
+                parameter.grad.add_(gradients[name])
+            elif self.device.type == "cpu":
+                parameter.grad = self._buffers.take(parameter.shape, self._dtype)
+                parameter.grad.copy_(gradients[name])
+            else:
+                parameter.grad = gradients[name].to(self._dtype).contiguous()
+
     def _gradients(self, site: SiteName) -> list[Tensor]:
         return [p.grad for p in self._parameters[site].values() if p.grad is not None]
 
@@ -227,6 +279,10 @@ class AdapterFitter:
             "adapters": count_bytes([*parameters, *gradients]),
             "optimizer": count_bytes(value for value in state if isinstance(value, Tensor)),
         }
+
+
+def _is_matrix_on_host(adapter: LinearAdapter, data: AdaptationData) -> bool:
+    return adapter.spec.kind is not SiteKind.conv2d and data.hidden_input.device.type == "cpu"
 
 
 @torch.no_grad()

@@ -1,62 +1,205 @@
-"""Moves adaptation data from the base device to the offload device, and parameters back.
+"""Moves adaptation data from the base device to an offload device, and parameters back.
 
-Algorithm 1, lines 9 and 15. From a GPU the copies go to pinned host memory on a side stream, and
-the worker waits for them, not the base device: a blocking copy in a hook would stall forward and
-backward at every site. What comes back lies in pinned memory too: from there the base device
-fetches it in its own order, several times faster than from pageable memory, and its host does not
-wait.
+Algorithm 1, lines 9 and 15. Off a GPU the copies run on a side stream, into pinned memory of the
+host or onto another GPU, and the worker waits for them, not the base device: a blocking copy in a
+hook would stall forward and backward at every site. The memory is PyTorch's own: its allocators of
+pinned and of GPU memory keep what was used once for the next step.
 """
 
-from collections.abc import Callable, Mapping
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from cola.adaptation_data import AdaptationData
+from cola.adaptation_data import Parcel
+from cola.kept_rows import KeptRows
+from cola.sites import SiteSpec, flatten_rows
 
-Parcel = Callable[[], AdaptationData]
-"""Adaptation data on its way; calling it waits for arrival."""
+
+class StagedBytes:
+    """Adaptation data that has left the base model and has not been fitted yet."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.now = self.peak = self.total = 0
+
+    def add(self, num: int) -> None:
+        """Counts what was sent, or, negative, what was forgotten."""
+        with self._lock:
+            self.now += num
+            self.total += max(num, 0)
+            self.peak = max(self.peak, self.now)
+
+
+class Shipment:
+    """One tensor on its way, counted as staged until nobody needs it any more."""
+
+    def __init__(self, tensor: Tensor, wait: Callable[[Tensor], None], staged: StagedBytes) -> None:
+        self._tensor, self._wait, self._staged = tensor, wait, staged
+        staged.add(tensor.nbytes)
+
+    def __call__(self) -> Tensor:
+        """Waits for it, where it goes."""
+        self._wait(self._tensor)
+        return self._tensor
+
+    def __del__(self) -> None:
+        self._staged.add(-self._tensor.nbytes)
+
+
+@dataclass(frozen=True)
+class Cargo:
+    """A tensor that is to leave, and what of it.
+
+    Attributes:
+        sources: the tensors that `load` reads.
+        load: makes what travels.
+    """
+
+    sources: Sequence[Tensor]
+    load: Callable[[], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class _Sent:
+    """A hidden input that is on its way, and may be the input of other sites, too."""
+
+    source: "weakref.ref[Tensor]"
+    version: int
+    dtype: torch.dtype
+    kept: KeptRows | None
+    parcel: Parcel
 
 
 class Transfer:
-    """Sends adaptation data of one base device to one offload device."""
+    """Sends adaptation data of one base device to one offload device.
 
-    def __init__(self, source: torch.device, target: torch.device) -> None:
-        self._target = target
-        crosses = source.type == "cuda" and source != target
-        self._stream = torch.cuda.Stream(source) if crosses else None  # type: ignore[no-untyped-call]
+    Attributes:
+        target: the offload device.
+        crosses: whether anything has to be copied at all.
+        staged: what was sent.
+    """
 
-    def send(self, data: AdaptationData) -> Parcel:
-        """Starts the copies and returns at once; on one device nothing is copied."""
-        if self._stream is None:
-            return lambda: data
-        stream, device = self._stream, data.hidden_input.device
-        # Both tensors were produced on the base stream: copy only after that point.
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            hidden_input = self._copy(data.hidden_input, stream)
-            hidden_gradient = self._copy(data.hidden_gradient, stream)
-            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            arrived.record(stream)
+    def __init__(
+        self, source: torch.device, target: torch.device, *, wire_dtype: torch.dtype | None = None
+    ) -> None:
+        """`wire_dtype` is what data is rounded to on the wire; None: as the base has it."""
+        self.target = target
+        self.crosses = source.type == "cuda" and source != target
+        self.staged = StagedBytes()
+        self._source = source
+        self._wire_dtype = wire_dtype
+        self._last: dict[int, _Sent] = {}
+        if self.crosses:
+            self._base = torch.cuda.current_stream(source)
+            self._stream = torch.cuda.Stream(source)  # type: ignore[no-untyped-call]
+            self._produced = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
-        def receive() -> AdaptationData:
-            arrived.synchronize()
-            return AdaptationData(
-                hidden_input=hidden_input, hidden_gradient=hidden_gradient, rows=data.rows
-            )
+    def send_once(
+        self, tensor: Tensor, spec: SiteSpec, dtype: torch.dtype, kept: KeptRows | None
+    ) -> Parcel:
+        """Sends a hidden input, or finds it sent already: query and value have the same one.
 
-        return receive
+        Args:
+            tensor: (..., D), as the site got it.
+            spec: of the site.
+            dtype: that the site computed in.
+            kept: rows that travel; None: all.
+        """
+        found = self._last.get(id(tensor))
+        if (
+            found is not None
+            and found.source() is tensor
+            and (found.version, found.dtype) == (tensor._version, dtype)
+            and found.kept is kept
+        ):
+            return found.parcel
+        self._last = {key: sent for key, sent in self._last.items() if sent.source() is not None}
+        (parcel,) = self.ship([self.rows_of(tensor.detach(), spec, dtype, kept)])
+        self._last[id(tensor)] = _Sent(weakref.ref(tensor), tensor._version, dtype, kept, parcel)
+        return parcel
 
-    def stage(self, published: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Parameters on their way back, laid where the base device fetches them from."""
-        if self._stream is None or self._target.type != "cpu":
-            return published
-        return {name: tensor.pin_memory() for name, tensor in published.items()}
+    def rows_of(
+        self, tensor: Tensor, spec: SiteSpec, dtype: torch.dtype, kept: KeptRows | None
+    ) -> Cargo:
+        """Rows (N, D) of a tensor (..., D)."""
+        return Cargo(
+            sources=[tensor] if kept is None else [tensor, kept.index],
+            load=lambda: pick_rows(tensor, spec, dtype, kept),
+        )
 
-    def _copy(self, tensor: Tensor, stream: torch.cuda.Stream) -> Tensor:
-        pinned = self._target.type == "cpu"
-        copy = torch.empty_like(tensor, device=self._target, pin_memory=pinned)
-        copy.copy_(tensor, non_blocking=True)
-        # The base stream may free its tensor before the copy has run: tell the allocator.
-        tensor.record_stream(stream)
-        return copy
+    def as_it_is(self, tensor: Tensor) -> Cargo:
+        """All of a tensor, of any shape."""
+        return Cargo(sources=[tensor], load=lambda: tensor)
+
+    def ship(self, cargo: Sequence[Cargo]) -> list[Parcel]:
+        """Starts to copy tensors, together, and returns at once."""
+        if not self.crosses:
+            return [Shipment(self._load(one), _is_here, self.staged) for one in cargo]
+        # They were produced on the base stream: read them only after this point.
+        self._produced.record(self._base)
+        self._stream.wait_event(self._produced)
+        arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        landed = []
+        # Set by hand: `torch.cuda.stream` costs several times as much, at every site.
+        torch.cuda.set_stream(self._stream)
+        try:
+            for one in cargo:
+                landed.append(self._land(self._load(one)))
+            arrived.record(self._stream)
+        finally:
+            torch.cuda.set_stream(self._base)
+        # The base stream may free its tensors before the side stream is done with them.
+        for one in cargo:
+            for source in one.sources:
+                source.record_stream(self._stream)
+        wait = self._waiting(arrived)
+        return [Shipment(tensor, wait, self.staged) for tensor in landed]
+
+    def settle(self) -> None:
+        """Waits, where data goes, for all that the worker has issued there."""
+        if self.target.type == "cuda":
+            torch.cuda.current_stream(self.target).synchronize()
+
+    def forget(self) -> None:
+        """Hidden inputs that were sent are of no use to sites to come."""
+        self._last.clear()
+
+    def begin_step(self) -> None:
+        """Learns which stream the base model runs on."""
+        self.forget()
+        if self.crosses:
+            self._base = torch.cuda.current_stream(self._source)
+
+    def _load(self, cargo: Cargo) -> Tensor:
+        tensor = cargo.load()
+        return tensor if self._wire_dtype is None else tensor.to(self._wire_dtype)
+
+    def _land(self, tensor: Tensor) -> Tensor:
+        pinned = self.target.type == "cpu"
+        landed = torch.empty_like(tensor, device=self.target, pin_memory=pinned)
+        return landed.copy_(tensor, non_blocking=True)
+
+    def _waiting(self, arrived: torch.cuda.Event) -> Callable[[Tensor], None]:
+        if self.target.type == "cpu":
+            return lambda tensor: arrived.synchronize()
+
+        def wait(tensor: Tensor) -> None:
+            stream = torch.cuda.current_stream(self.target)  # the worker's own
+            stream.wait_event(arrived)
+            tensor.record_stream(stream)
+
+        return wait
+
+
+def pick_rows(tensor: Tensor, spec: SiteSpec, dtype: torch.dtype, kept: KeptRows | None) -> Tensor:
+    """What is fitted of (..., D): rows (N, D), still where it is."""
+    rows = flatten_rows(tensor, spec) if kept is None else kept.take(tensor)
+    return rows.to(dtype)
+
+
+def _is_here(tensor: Tensor) -> None:
+    """Nothing to wait for."""

@@ -5,7 +5,7 @@ either, and is reported to the roster; nobody else notices.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from cola.offload.fitter import Fit
 from cola.offload.local_users import LocalUsers
 from cola.optimizers import rate_factor
 from cola.roster import Roster
+from cola.runtime import product_dtype
 from cola.sites import SiteName
 from cola.user_adapters import UserAdapters, require_rows
 from cola.user_gradients import shared_gradients, user_gradients
@@ -68,25 +69,10 @@ class UserFitter:
         self.held_bytes: dict[str, int] = {}
         self._note_held()
 
-    def accumulate(self, site: SiteName, data: AdaptationData) -> None:
-        """Adds one batch's gradients; the parameters are constant inside an interval."""
-        data = data.to(self._dtype)
-        rows = require_rows(data.rows, len(data.hidden_input), site)
-        if self._shares_rows:
-            self._teach_everyone(site, self._finite(site, data, rows))
-            return
-        for cohort in self._cohorts[site]:
-            stack = cohort.stack
-            where, own_rows = rows.part(stack.first, stack.last)
-            if not own_rows.users:
-                continue
-            own = AdaptationData(
-                hidden_input=data.hidden_input[where], hidden_gradient=data.hidden_gradient[where]
-            )
-            if cohort.is_local and self._local is not None:
-                self._local.take(site, own, own_rows, stack.first)
-            else:
-                cohort.add(user_gradients(stack, own, own_rows), own_rows.users)
+    def accumulate(self, batch: Sequence[tuple[SiteName, AdaptationData]]) -> None:
+        """Adds the gradients of one batch; the parameters are constant inside an interval."""
+        for site, data in batch:
+            self._accumulate(site, data)
 
     def gradient_norm(self, site: SiteName, fit: Fit) -> Tensor:
         """(K,) norm of each user's gradient of the interval at one site."""
@@ -160,6 +146,25 @@ class UserFitter:
         for site in self._cohorts:
             cohort, place = self._cohort_of(site, user)
             cohort.forget(place)
+
+    def _accumulate(self, site: SiteName, data: AdaptationData) -> None:
+        data = data.to(product_dtype(data.hidden_input, self._dtype))
+        rows = require_rows(data.rows, len(data.hidden_input), site)
+        if self._shares_rows:
+            self._teach_everyone(site, self._finite(site, data, rows))
+            return
+        for cohort in self._cohorts[site]:
+            stack = cohort.stack
+            where, own_rows = rows.part(stack.first, stack.last)
+            if not own_rows.users:
+                continue
+            own = AdaptationData(
+                hidden_input=data.hidden_input[where], hidden_gradient=data.hidden_gradient[where]
+            )
+            if cohort.is_local and self._local is not None:
+                self._local.take(site, own.to(self._dtype), own_rows, stack.first)
+            else:
+                cohort.add(user_gradients(stack, own, own_rows), own_rows.users)
 
     def _teach_everyone(self, site: SiteName, data: AdaptationData) -> None:
         shares = self._roster.shares()

@@ -52,14 +52,17 @@ class InlineWorker:
 class ThreadWorker:
     """One thread with a queue. PyTorch releases the interpreter lock inside its kernels."""
 
-    def __init__(self, name: str, *, num_threads: int) -> None:
-        """`num_threads` is the number of cores that one kernel of this worker may use."""
-        self._timer = BusyTimer(torch.device("cpu"))
-        # Kernels size their pool by the calling thread's setting: fits must not take the cores
-        # that the base model's own backward pass is using.
-        self._pool = ThreadPoolExecutor(
-            1, thread_name_prefix=name, initializer=torch.set_num_threads, initargs=(num_threads,)
-        )
+    def __init__(self, name: str, device: torch.device, *, num_threads: int) -> None:
+        """Starts with the first task.
+
+        Args:
+            name: of the thread.
+            device: where its tasks run.
+            num_threads: cores that one kernel of this worker may use on the host.
+        """
+        self._timer = BusyTimer(device)
+        self._device, self._num_threads = device, num_threads
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix=name, initializer=self._start)
 
     def submit(self, task: Callable[[], T]) -> "Future[T]":
         """Queues the task and returns at once."""
@@ -72,6 +75,13 @@ class ThreadWorker:
     def stop(self) -> None:
         """Ends the thread once its queue is empty."""
         self._pool.shutdown()
+
+    def _start(self) -> None:
+        # Kernels size their pool by the calling thread's setting: fits must not take the cores
+        # that the base model's own backward pass is using.
+        torch.set_num_threads(self._num_threads)
+        if self._device.type == "cuda":  # nor stand in line with copies to this GPU
+            torch.cuda.set_stream(torch.cuda.Stream(self._device))  # type: ignore[no-untyped-call]
 
     def _timed(self, task: Callable[[], T]) -> T:
         with self._timer.measure():

@@ -6,7 +6,7 @@ derived from the mask, so that a row's logits do not depend on its padding. Shap
 of an encoder-decoder's source, T tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from cola.config.choices import Objective, Padding
 from cola.config.schema import TaskConfig
 from cola.errors import ConfigError
 from cola.interfaces import Batch, Example
+from cola.sites import RowStream
 from cola.tasks.encoding import IGNORED
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ class TextCollator:
             types = [row["token_type_ids"] for row in rows]
             inputs["token_type_ids"] = _pad(types, mask, self.pad_type_id)
         labels = torch.tensor([row["label"] for row in rows], dtype=self.label_dtype)
-        return _batch(inputs, labels, torch.ones(len(rows), dtype=torch.long))
+        row_terms = torch.ones(len(rows), dtype=torch.long)
+        return _batch(inputs, labels, row_terms, {RowStream.inputs: mask})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +79,8 @@ class CausalCollator:
             "attention_mask": mask.long(),
             "position_ids": (mask.long().cumsum(dim=1) - 1).clamp(min=0),
         }
-        return _batch(inputs, labels, (labels[:, 1:] != IGNORED).sum(dim=1))
+        row_terms = (labels[:, 1:] != IGNORED).sum(dim=1)
+        return _batch(inputs, labels, row_terms, {RowStream.inputs: mask})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +110,8 @@ class PairCollator:
             "attention_mask": mask.long(),
             "decoder_input_ids": decoder_ids,
         }
-        return _batch(inputs, labels, is_scored.sum(dim=1))
+        masks = {RowStream.inputs: mask, RowStream.targets: is_scored}
+        return _batch(inputs, labels, is_scored.sum(dim=1), masks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +137,7 @@ def collate_images(rows: Sequence[Example]) -> Batch:
     """Stack rows with `pixels` (C, H, W) float32 and an integer `label`."""
     labels = torch.tensor([row["label"] for row in rows])
     pixels = torch.stack([row["pixels"] for row in rows])  # (B, C, H, W)
-    return _batch({"pixels": pixels}, labels, torch.ones(len(rows), dtype=torch.long))
+    return _batch({"pixels": pixels}, labels, torch.ones(len(rows), dtype=torch.long), {})
 
 
 def build_text_collator(
@@ -193,10 +197,20 @@ def _pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
     raise ConfigError("the tokenizer has neither a padding nor an EOS token to pad with")
 
 
-def _batch(inputs: dict[str, Tensor], labels: Tensor, row_terms: Tensor) -> Batch:
-    """A batch that counts its rows' terms (B,)."""
-    num_terms = int(row_terms.sum())
-    return Batch(inputs=inputs, labels=labels, num_terms=num_terms, row_terms=row_terms)
+def _batch(
+    inputs: dict[str, Tensor],
+    labels: Tensor,
+    row_terms: Tensor,
+    row_masks: Mapping[RowStream, Tensor],
+) -> Batch:
+    """A batch that counts its rows' terms (B,) and knows where they are padded, (B, T)."""
+    return Batch(
+        inputs=inputs,
+        labels=labels,
+        num_terms=int(row_terms.sum()),
+        row_terms=row_terms,
+        row_masks=row_masks,
+    )
 
 
 def _right_mask(rows: Sequence[Tensor], fixed: int | None) -> Tensor:

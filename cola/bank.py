@@ -1,0 +1,173 @@
+"""The unmerged placement: adapters beside the sites, h + scale * g(x).
+
+Paper: equation of the adapted hidden representation, Algorithm 1 without lines 3 and 8. The
+adapter's graph is kept, so that gradients of sites upstream flow through it; its parameters are
+frozen here.
+"""
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cola.adapters import LowRankAdapter, install_parameters, skeleton
+from cola.sites import SiteKind, SiteName
+from cola.user_adapters import SiteAdapter
+
+ROUNDS_KEPT = 4
+"""Adaptations whose snapshots are apart: the newest, the one that a stale base model uses, and one
+more of each that the base device may still be reading."""
+
+
+class Bank:
+    """Adapters on the base device.
+
+    With `detached` no gradient flows through them: an ablation whose gradients are wrong at sites
+    with sites downstream.
+    """
+
+    def __init__(
+        self,
+        adapters: Mapping[SiteName, SiteAdapter],
+        *,
+        scale: float,
+        device: torch.device,
+        dtype: torch.dtype,
+        detached: bool = False,
+        copies: bool = True,
+    ) -> None:
+        """Takes the structure of each adapter; parameters are those that get installed.
+
+        Args:
+            adapters: by site.
+            scale: alpha; 1 for adapters of users, who have alphas of their own.
+            device: of the base model.
+            dtype: of the base model.
+            detached: stop gradients at the adapters' outputs.
+            copies: publish snapshots; False shares the fitted tensors, which is safe only when no
+                fit runs beside the base model.
+        """
+        self._adapters = {site: skeleton(adapter) for site, adapter in adapters.items()}
+        self._installed: dict[SiteName, Mapping[str, Tensor]] = {}
+        self._shared: dict[SiteName, dict[str, Tensor]] = {}
+        self._own: dict[SiteName, dict[str, Tensor]] = {}  # memory of what comes from elsewhere
+        self._outgoing: dict[SiteName, deque[dict[str, Tensor]]] = {}
+        self._scale = scale
+        self._device, self._dtype = device, dtype
+        self._detached, self._copies = detached, copies
+
+    def adapter(self, site: SiteName) -> SiteAdapter:
+        """The adapter with the parameters in effect, in the base model's dtype."""
+        return self._adapters[site]
+
+    def publish(self, adapter: SiteAdapter) -> dict[str, Tensor]:
+        """The adapter's parameters in the base model's dtype."""
+        site = adapter.spec.name
+        if site in self._shared:  # the fitted tensors themselves, stepped in place
+            return self._shared[site]
+        named = {name: parameter.detach() for name, parameter in adapter.named_parameters()}
+        if (
+            self._copies
+            and self._device.type == "cuda"
+            and next(iter(named.values())).device.type == "cpu"
+        ):
+            return self._publish_pinned(site, named)
+        published = {name: p.to(self._dtype, copy=self._copies) for name, p in named.items()}
+        if not self._copies and next(adapter.parameters()).dtype is self._dtype:
+            self._shared[site] = published
+        return published
+
+    def _publish_pinned(
+        self, site: SiteName, parameters: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Snapshots in memory that the base device fetches from fast, used again and again."""
+        if site not in self._outgoing:
+            rounds = [
+                {
+                    name: torch.empty_like(p, dtype=self._dtype, pin_memory=True)
+                    for name, p in parameters.items()
+                }
+                for _ in range(ROUNDS_KEPT)
+            ]
+            self._outgoing[site] = deque(rounds)
+        self._outgoing[site].rotate()
+        snapshot = self._outgoing[site][0]
+        torch._foreach_copy_(list(snapshot.values()), list(parameters.values()))
+        return dict(snapshot)
+
+    def install(self, site: SiteName, published: Mapping[str, Tensor]) -> None:
+        """Uses these parameters from now on."""
+        if self._installed.get(site) is published:
+            return
+        self._installed[site] = published
+        if all(tensor.device == self._device for tensor in published.values()):
+            install_parameters(self._adapters[site], published)
+            return
+        if site not in self._own:
+            self._own[site] = {
+                name: torch.empty_like(tensor, device=self._device)
+                for name, tensor in published.items()
+            }
+            install_parameters(self._adapters[site], self._own[site])
+        own = list(self._own[site].values())
+        torch._foreach_copy_(own, list(published.values()), non_blocking=True)
+
+    def adapt(self, site: SiteName, hidden_input: Tensor, hidden: Tensor) -> Tensor:
+        """Adapted hidden representation, (..., H)."""
+        adapter = self._adapters[site]
+        if self._detached:
+            with torch.no_grad():
+                delta = adapter(hidden_input)
+        elif isinstance(adapter, LowRankAdapter) and _can_fuse(adapter, hidden_input, hidden):
+            adapted: Tensor = _AddLowRank.apply(  # type: ignore[no-untyped-call]
+                hidden, hidden_input, adapter.lora_a, adapter.lora_b, self._scale
+            )
+            return adapted
+        else:
+            delta = adapter(hidden_input)
+        return torch.add(hidden, delta, alpha=self._scale)
+
+    def remove(self) -> None:
+        """The base model was never touched."""
+
+
+def _can_fuse(adapter: LowRankAdapter, hidden_input: Tensor, hidden: Tensor) -> bool:
+    """Whether the sum may be formed in the site's own output: nobody else has seen it yet."""
+    return (
+        adapter.spec.kind is not SiteKind.conv2d
+        and not hidden._is_view()
+        and hidden.is_contiguous()
+        and hidden.dtype is hidden_input.dtype is adapter.lora_a.dtype
+    )
+
+
+class _AddLowRank(torch.autograd.Function):
+    """h + scale * B A x in the memory of h, as one node of the graph.
+
+    The two small products cost less than launching them; a large model has hundreds of sites, and
+    its host is busy enough.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, hidden_input: Tensor, a: Tensor, b: Tensor, scale: float
+    ) -> Tensor:
+        ctx.save_for_backward(a, b)
+        ctx.scale, ctx.shape = scale, hidden_input.shape
+        inner = hidden_input.reshape(-1, a.shape[1]) @ a.T  # (N, R)
+        hidden.view(-1, b.shape[0]).addmm_(inner, b.T, alpha=scale)
+        ctx.mark_dirty(hidden)
+        return hidden
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (hidden_gradient,) = gradients
+        if not ctx.needs_input_grad[1]:
+            return hidden_gradient, None, None, None, None
+        a, b = ctx.saved_tensors
+        inner = hidden_gradient.reshape(-1, b.shape[0]) @ b  # (N, R)
+        if ctx.scale != 1.0:
+            inner = inner * ctx.scale
+        return hidden_gradient, (inner @ a).view(ctx.shape), None, None, None

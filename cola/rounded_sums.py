@@ -1,0 +1,111 @@
+"""Sums of a pristine weight and an update, rounded once, in blocks that a cache holds.
+
+A merge moves far more bytes than it computes on: every block of rows is read, summed in float32 (or
+wider) and written once, and neither the product of two factors nor a wide copy of the weight ever
+exists as a whole. On a GPU a few such blocks are all the memory that a merge takes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cola.config.choices import Rounding
+
+CPU_BLOCK_BYTES = 8 << 20
+"""Of the sum: smaller ones make threads of one kernel meet more often than they gain."""
+
+GPU_BLOCK_BYTES = 32 << 20
+"""Of the sum, within the second-level cache of large GPUs: every block costs four launches."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What is added to a weight of P rows: left (P, Q) as it is, or left (P, R) @ right (R, Q)."""
+
+    left: Tensor
+    right: Tensor | None = None
+
+    def rows(self, rows: slice) -> Tensor:
+        """Some of its rows, (p, Q)."""
+        left = self.left[rows]
+        return left if self.right is None else left @ self.right
+
+
+def sum_dtype(weight: Tensor, update: Update) -> torch.dtype:
+    """The type that a weight and its update are added in: float32 at least."""
+    wide = torch.promote_types(torch.float32, weight.dtype)
+    return torch.promote_types(wide, update.left.dtype)
+
+
+@torch.no_grad()
+def add_rounded(
+    weight: Tensor,
+    update: Update,
+    out: Tensor,
+    *,
+    scale: float,
+    rounding: Rounding = Rounding.nearest,
+) -> None:
+    """Writes round(weight + scale * update), summed in `sum_dtype`, on the device of `out`.
+
+    Args:
+        weight: (P, ...), Q entries in each row; on any device, like the update.
+        update: of P rows.
+        out: as the weight, which it may not overlap.
+        scale: factor of the update.
+        rounding: stochastic has an effect on bfloat16 alone.
+    """
+    dtype, device = sum_dtype(weight, update), out.device
+    is_stochastic = rounding is Rounding.stochastic and out.dtype is torch.bfloat16
+    right = update.right
+    if right is not None:
+        right = right.to(device, dtype, non_blocking=True)
+    width = weight[:1].numel()
+    blocks = _blocks(len(weight), width * dtype.itemsize, device, update)
+    block = torch.empty(blocks[0].stop, width, dtype=dtype, device=device)
+    for rows in blocks:
+        pristine, target = weight[rows].to(device, non_blocking=True), out[rows]
+        left = update.left[rows].to(device, dtype, non_blocking=True)
+        total = block[: len(left)]
+        total.view(target.shape).copy_(pristine)
+        if right is None:
+            total.add_(left, alpha=scale)
+        else:
+            total.addmm_(left, right, alpha=scale)
+        if is_stochastic:
+            total = round_stochastically(total)
+        target.copy_(total.view(target.shape))
+
+
+def _blocks(num_rows: int, row_bytes: int, device: torch.device, update: Update) -> list[slice]:
+    """Rows of each block, the first block being the largest."""
+    block_bytes = CPU_BLOCK_BYTES if device.type == "cpu" else GPU_BLOCK_BYTES
+    # Every block reads the right factor once: it should be no larger than the block itself.
+    rank = 0 if update.right is None else len(update.right)
+    size = min(num_rows, max(1, rank, block_bytes // row_bytes))
+    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
+
+
+def round_stochastically(exact: Tensor) -> Tensor:
+    """Rounds to bfloat16's values, up or down with probabilities that make the mean exact.
+
+    bfloat16 is the upper half of float32: adding 16 random bits below it and cutting them off
+    carries with just the right probability. The bits are a hash of an entry's place and of the sum
+    of all entries, so that a resumed run rounds alike without a generator to save, and a GPU does
+    not wait for a seed.
+
+    Args:
+        exact: any shape.
+
+    Returns:
+        float32 tensor whose values bfloat16 can hold.
+    """
+    bits = exact.float().contiguous().view(torch.int32)
+    seed = bits.sum(dtype=torch.int64).to(torch.int32)  # of integers: exact in any order
+    noise = torch.arange(bits.numel(), dtype=torch.int32, device=bits.device)
+    noise.mul_(-1640531527).add_(seed)  # the golden ratio's 32 bits, then MurmurHash3's finalizer
+    for shift, factor in ((16, -2048144789), (13, -1028477387)):
+        noise.bitwise_xor_(noise >> shift).mul_(factor)
+    noise.bitwise_right_shift_(16).bitwise_and_(0xFFFF)
+    return noise.view(bits.shape).add_(bits).bitwise_and_(-65536).view(torch.float32)
