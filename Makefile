@@ -1,6 +1,6 @@
 # `make` lists the targets. Everything runs from .venv, which `make install` keeps up to date.
 .DEFAULT_GOAL := help
-.PHONY: help install format lint types layers test test-slow cov smoke demo table4 table8 check clean
+.PHONY: help install format lint types layers test test-slow cov smoke bench-smoke demo table4 table8 check clean
 
 # A pyenv shim may exist without its interpreter, so the version is asked, not only the name.
 PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python3)
@@ -41,6 +41,10 @@ cov: install ## tests with coverage of cola/
 
 smoke: install ## two steps of every task with every method on tiny models (five minutes)
 	$(BIN)/pytest -m smoke -n auto --maxprocesses 4
+
+bench-smoke: install ## every row of Table 10 on a tiny model, two iterations (half a minute)
+	$(BIN)/cola-bench experiment=table10 model=tiny-roberta task.max_length=32 device=cpu \
+		bench.batch_sizes=[2] bench.warmup=1 bench.iterations=2 hydra.run.dir=outputs/bench/smoke
 
 demo: install ## FT, LoRA and ColA adapters on digits, offline, one table (about a minute)
 	$(BIN)/python scripts/compare.py demo
