@@ -62,57 +62,69 @@ class Bank:
         """The adapter with the parameters in effect, in the base model's dtype."""
         return self._adapters[site]
 
-    def publish(self, adapter: SiteAdapter) -> dict[str, Tensor]:
+    def publish(self, adapter: SiteAdapter) -> Mapping[str, Tensor]:
         """The adapter's parameters in the base model's dtype."""
-        site = adapter.spec.name
-        if site in self._shared:  # the fitted tensors themselves, stepped in place
-            return self._shared[site]
-        named = {name: parameter.detach() for name, parameter in adapter.named_parameters()}
-        if (
-            self._copies
-            and self._device.type == "cuda"
-            and next(iter(named.values())).device.type == "cpu"
-        ):
-            return self._publish_pinned(site, named)
-        published = {name: p.to(self._dtype, copy=self._copies) for name, p in named.items()}
-        if not self._copies and next(adapter.parameters()).dtype is self._dtype:
-            self._shared[site] = published
-        return published
+        return self.publish_all({adapter.spec.name: adapter})[adapter.spec.name]
 
-    def _publish_pinned(
-        self, site: SiteName, parameters: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Snapshots in memory that the base device fetches from fast, used again and again."""
-        if site not in self._outgoing:
-            rounds = [
-                {
-                    name: torch.empty_like(p, dtype=self._dtype, pin_memory=True)
-                    for name, p in parameters.items()
-                }
-                for _ in range(ROUNDS_KEPT)
-            ]
-            self._outgoing[site] = deque(rounds)
-        self._outgoing[site].rotate()
-        snapshot = self._outgoing[site][0]
-        torch._foreach_copy_(list(snapshot.values()), list(parameters.values()))
-        return dict(snapshot)
+    def publish_all(
+        self, adapters: Mapping[SiteName, SiteAdapter]
+    ) -> dict[SiteName, Mapping[str, Tensor]]:
+        """The same for several sites, in one go."""
+        if not self._copies:
+            return {site: self._share(site, adapter) for site, adapter in adapters.items()}
+        named = {
+            site: {name: parameter.detach() for name, parameter in adapter.named_parameters()}
+            for site, adapter in adapters.items()
+        }
+        published = {site: self._outgoing_memory(site, own) for site, own in named.items()}
+        _copy_all(published, named)
+        return dict(published)
 
     def install(self, site: SiteName, published: Mapping[str, Tensor]) -> None:
         """Uses these parameters from now on."""
-        if self._installed.get(site) is published:
-            return
-        self._installed[site] = published
-        if all(tensor.device == self._device for tensor in published.values()):
-            install_parameters(self._adapters[site], published)
-            return
-        if site not in self._own:
-            self._own[site] = {
-                name: torch.empty_like(tensor, device=self._device)
-                for name, tensor in published.items()
-            }
-            install_parameters(self._adapters[site], self._own[site])
-        own = list(self._own[site].values())
-        torch._foreach_copy_(own, list(published.values()), non_blocking=True)
+        self.install_all({site: published})
+
+    def install_all(self, published: Mapping[SiteName, Mapping[str, Tensor]]) -> None:
+        """The same for several sites, in one go."""
+        news = {s: own for s, own in published.items() if self._installed.get(s) is not own}
+        self._installed.update(news)
+        coming = {}
+        for site, own in news.items():
+            if all(tensor.device == self._device for tensor in own.values()):
+                install_parameters(self._adapters[site], own)
+                continue
+            if site not in self._own:
+                self._own[site] = {
+                    n: torch.empty_like(t, device=self._device) for n, t in own.items()
+                }
+                install_parameters(self._adapters[site], self._own[site])
+            coming[site] = own
+        _copy_all({site: self._own[site] for site in coming}, coming)
+
+    def _share(self, site: SiteName, adapter: SiteAdapter) -> Mapping[str, Tensor]:
+        """The fitted tensors themselves, stepped in place, if the base model can use them."""
+        if site in self._shared:
+            return self._shared[site]
+        named = {name: parameter.detach() for name, parameter in adapter.named_parameters()}
+        if next(iter(named.values())).dtype is self._dtype:
+            self._shared[site] = named
+            return named
+        return {name: parameter.to(self._dtype) for name, parameter in named.items()}
+
+    def _outgoing_memory(self, site: SiteName, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Where a snapshot goes: memory that the base device fetches from fast, used in turn."""
+        if site not in self._outgoing:
+            from_host = next(iter(like.values())).device.type == "cpu"
+            pinned = from_host and self._device.type == "cuda"
+            self._outgoing[site] = deque(
+                {
+                    name: torch.empty_like(p, dtype=self._dtype, pin_memory=pinned)
+                    for name, p in like.items()
+                }
+                for _ in range(ROUNDS_KEPT)
+            )
+        self._outgoing[site].rotate()
+        return dict(self._outgoing[site][0])  # a new one, by which a new round is known
 
     def adapt(self, site: SiteName, hidden_input: Tensor, hidden: Tensor) -> Tensor:
         """Adapted hidden representation, (..., H)."""
@@ -131,6 +143,17 @@ class Bank:
 
     def remove(self) -> None:
         """The base model was never touched."""
+
+
+def _copy_all(
+    targets: Mapping[SiteName, Mapping[str, Tensor]],
+    sources: Mapping[SiteName, Mapping[str, Tensor]],
+) -> None:
+    """Copies all tensors by one call; from pinned memory, without waiting."""
+    into = [tensor for site in targets for tensor in targets[site].values()]
+    out_of = [tensor for site in targets for tensor in sources[site].values()]
+    if into:
+        torch._foreach_copy_(into, out_of, non_blocking=True)
 
 
 def _can_fuse(adapter: LowRankAdapter, hidden_input: Tensor, hidden: Tensor) -> bool:

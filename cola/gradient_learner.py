@@ -133,8 +133,7 @@ class GradientLearner:
                     return
                 other = self._other = self._other or self._make_other()
                 with self._taps.placed(other, self._version):
-                    for site, adapter in adapters.items():
-                        other.install(site, other.publish(adapter))
+                    other.install_all(other.publish_all(adapters))
                     yield self._base_model
             finally:
                 self.route(None)
@@ -185,16 +184,20 @@ class GradientLearner:
         tensors = [*self._base_model.parameters(), *self._base_model.buffers()]
         add_held(held, self._device, "base_model", count_bytes(tensors))
         extra = {}
+        if isinstance(self._placement, Merger):
+            for home, num in self._placement.pristine_bytes.items():
+                add_held(held, home, "pristine", num)
         lost = self._placement.lost_share if isinstance(self._placement, Merger) else {}
         if lost:
             shares = torch.stack([share.cpu() for share in lost.values()])
             extra["merge/lost_share"] = float(shares.mean())
-        stall = self._taps.stall_seconds
+        stall, returned = self._taps.stall_seconds, self._taps.installed_bytes
         return Measurements(
             base_seconds=self._timer.read() - stall,
             stall_seconds=stall + self._fleet.waited_seconds(),
             offload_seconds=self._fleet.busy_seconds(),
-            wire_bytes=self._fleet.wire_bytes(self._taps.installed_bytes),
+            wire_bytes=self._fleet.wire_bytes(returned),
+            returned_bytes=returned if self._fleet.overlaps else 0,
             held_bytes=held,
             extra=extra,
         )

@@ -85,15 +85,18 @@ def lowrank_gradients(
     Returns:
         Of each adapter: `lora_a` (R, D) and `lora_b` (H, R), in the dtype of x.
     """
-    ranks = [adapter.lora_a.shape[0] for adapter in adapters]
     g = [_scaled(gradient, scale) for gradient in gradients]
-    down = _joined([adapter.lora_a.to(x.dtype) for adapter in adapters], dim=0)  # (sum of R, D)
+    down = _joined([adapter.lora_a for adapter in adapters], dim=0).to(x.dtype)  # (sum of R, D)
     back = [own @ adapter.lora_b.to(x.dtype) for own, adapter in zip(g, adapters, strict=True)]
-    a = torch.split(_joined(back, dim=1).T @ x, ranks)  # (R, D) each
-    u = torch.split(x @ down.T, ranks, dim=1)  # (N, R) each
-    # The transpose of what is wanted reads G in the order in which it lies.
-    b = [(own.T @ gradient).T for own, gradient in zip(u, g, strict=True)]
-    return [{"lora_a": one, "lora_b": other} for one, other in zip(a, b, strict=True)]
+    a = _joined(back, dim=1).T @ x  # (sum of R, D)
+    u = (x @ down.T).T  # (sum of R, N)
+    found, first = [], 0
+    for gradient, adapter in zip(g, adapters, strict=True):
+        last = first + len(adapter.lora_a)
+        # The transpose of what is wanted reads G in the order in which it lies.
+        found.append({"lora_a": a[first:last], "lora_b": (u[first:last] @ gradient).T})
+        first = last
+    return found
 
 
 def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:

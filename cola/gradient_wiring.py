@@ -110,7 +110,7 @@ def build_gradient_learner(
     placement = place(merged=trains_merged, copies=plan.overlaps)
     fleet = Fleet(
         berths,
-        publish=placement.publish,
+        publish=placement.publish_all,
         optimizer=settings.optimizer,
         overlaps=plan.overlaps,
         staleness=plan.staleness,

@@ -6,15 +6,15 @@ way back is hidden, too. The host waits for a fit that has not ended; the device
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from cola.interfaces import ParameterSource, Placement
 from cola.sites import SiteName
 
-FETCHED_AHEAD = 8
-"""Sites after the present one whose parameters are fetched as soon as they are there."""
+FETCHED_AHEAD_BYTES = 64 << 20
+"""Parameters of sites to come that are fetched together, as soon as they are there."""
 
 
 class Installer:
@@ -40,7 +40,6 @@ class Installer:
         self._source = source
         self._device = device
         self._order = list(sites)
-        self._index = {site: index for index, site in enumerate(self._order)}
         self._installed: dict[SiteName, int] = {}
         self._version = 0
         self._stream: torch.cuda.Stream | None = None
@@ -48,7 +47,9 @@ class Installer:
             self._base = torch.cuda.current_stream(device)
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._ahead = 0  # sites of `_order` that have this version, or are on their way
-        self._arrivals: dict[SiteName, torch.cuda.Event] = {}
+        self._arrivals: dict[SiteName, torch.cuda.Event] = {}  # of sites that have not run since
+        self._last_arrival: torch.cuda.Event | None = None
+        self._num_bytes: dict[SiteName, int] = {}  # of what came last
 
     def begin(self, version: int) -> None:
         """A new forward pass; everything that used older parameters has been issued."""
@@ -61,12 +62,14 @@ class Installer:
     def require(self, site: SiteName) -> None:
         """The site runs next: its parameters are in effect when this returns."""
         if self._installed.get(site) != self._version:
-            self._fetch(site)
+            self._fetch([site])
+        if self._stream is None:
+            return
         arrival = self._arrivals.pop(site, None)
-        if arrival is not None:
+        if arrival is not None and arrival is not self._last_arrival:
             self._base.wait_event(arrival)
-        if self._stream is not None:
-            self._fetch_ahead(site)
+            self._last_arrival = arrival  # of all sites that came together
+        self._fetch_ahead()
 
     def install_all(self, version: int) -> None:
         """Brings every site to one version; the source must have drained."""
@@ -79,29 +82,39 @@ class Installer:
         self._installed.clear()
         self._arrivals.clear()
 
-    def _fetch_ahead(self, site: SiteName) -> None:
-        last = min(self._index[site] + 1 + FETCHED_AHEAD, len(self._order))
-        while self._ahead < last:
-            following = self._order[self._ahead]
-            if self._installed.get(following) != self._version:
-                if not self._source.is_ready(following, self._version):
-                    return
-                self._fetch(following)
+    def _fetch_ahead(self) -> None:
+        """Fetches the next sites that are ready, unless enough are on their way."""
+        if self._ahead == len(self._order):
+            return
+        coming: list[SiteName] = []
+        num_bytes = sum(self._num_bytes[site] for site in self._arrivals)
+        while self._ahead < len(self._order) and num_bytes < FETCHED_AHEAD_BYTES:
+            site = self._order[self._ahead]
+            if self._installed.get(site) != self._version:
+                if not self._source.is_ready(site, self._version):
+                    break
+                coming.append(site)
+                num_bytes += self._num_bytes.get(site, 0)
             self._ahead += 1
+        if coming:
+            self._fetch(coming)
 
-    def _fetch(self, site: SiteName) -> None:
+    def _fetch(self, sites: Sequence[SiteName]) -> None:
         start = time.perf_counter()
-        published = self._source.wait(site, self._version)
+        published = {site: self._source.wait(site, self._version) for site in sites}
         self.stall_seconds += time.perf_counter() - start
         if self._stream is None:
-            self.placement.install(site, published)
+            self.placement.install_all(published)
         else:
-            # Set by hand: `torch.cuda.stream` costs several times as much, at every site.
+            # Set by hand: `torch.cuda.stream` costs several times as much.
             torch.cuda.set_stream(self._stream)
             try:
-                self.placement.install(site, published)
+                self.placement.install_all(published)
             finally:
                 torch.cuda.set_stream(self._base)
-            self._arrivals[site] = self._stream.record_event()
-        self.installed_bytes += sum(tensor.nbytes for tensor in published.values())
-        self._installed[site] = self._version
+            arrival = self._stream.record_event()
+            self._arrivals.update(dict.fromkeys(sites, arrival))
+        for site, own in published.items():
+            self._num_bytes[site] = sum(tensor.nbytes for tensor in own.values())
+            self.installed_bytes += self._num_bytes[site]
+        self._installed.update(dict.fromkeys(sites, self._version))

@@ -212,6 +212,7 @@ class Measurements:
         stall_seconds: time the base device's host waited for parameters.
         offload_seconds: busy time of fits, summed over workers.
         wire_bytes: adaptation data out and parameters back, across the offload boundary.
+        returned_bytes: parameters back, of these.
         held_bytes: bytes by device and owner, for example {"cpu": {"adapters": 4096}}.
     """
 
@@ -219,6 +220,7 @@ class Measurements:
     stall_seconds: float = 0.0
     offload_seconds: float = 0.0
     wire_bytes: int = 0
+    returned_bytes: int = 0
     held_bytes: dict[str, dict[str, int]] = field(default_factory=dict)
     extra: dict[str, float] = field(default_factory=dict)
 
@@ -280,8 +282,16 @@ class Placement(Protocol):
     def publish(self, adapter: SiteAdapter) -> Mapping[str, Tensor]:
         """What the base device needs of fitted adapters; runs where they are fitted."""
 
+    def publish_all(
+        self, adapters: Mapping[SiteName, SiteAdapter]
+    ) -> dict[SiteName, Mapping[str, Tensor]]:
+        """The same for several sites."""
+
     def install(self, site: SiteName, published: Mapping[str, Tensor]) -> None:
         """Puts what was published into effect; runs on the base device."""
+
+    def install_all(self, published: Mapping[SiteName, Mapping[str, Tensor]]) -> None:
+        """The same for several sites."""
 
     def adapt(self, site: SiteName, hidden_input: Tensor, hidden: Tensor) -> Tensor:
         """The adapted hidden representation, shape of `hidden`."""

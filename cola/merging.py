@@ -83,6 +83,15 @@ class Merger:
             )
 
     @property
+    def pristine_bytes(self) -> dict[torch.device, int]:
+        """What the weights as they were found take, by device."""
+        held: dict[torch.device, int] = {}
+        for site in self._sites.values():
+            num = site.weight.nbytes + (0 if site.bias is None else site.bias.nbytes)
+            held[site.weight.device] = held.get(site.weight.device, 0) + num
+        return held
+
+    @property
     def lost_share(self) -> dict[SiteName, Tensor]:
         """What rounding swallowed of the weights in use, by site, for low-precision weights.
 
@@ -114,6 +123,12 @@ class Merger:
         self._add(site, update, delta_bias, published)
         return published
 
+    def publish_all(
+        self, adapters: Mapping[SiteName, SiteAdapter]
+    ) -> dict[SiteName, Mapping[str, Tensor]]:
+        """The same for several sites."""
+        return {site: self.publish(adapter) for site, adapter in adapters.items()}
+
     @torch.no_grad()
     def install(self, site: SiteName, published: Mapping[str, Tensor]) -> None:
         """Writes merged weights into the base model, in place: views keep their parameter."""
@@ -128,6 +143,11 @@ class Merger:
                 parameters[name].copy_(tensor, non_blocking=True)
         if site in self._moved:
             self._moved_in_use[site] = self._moved[site]
+
+    def install_all(self, published: Mapping[SiteName, Mapping[str, Tensor]]) -> None:
+        """The same for several sites."""
+        for site, tensors in published.items():
+            self.install(site, tensors)
 
     def adapt(self, site: SiteName, hidden_input: Tensor, hidden: Tensor) -> Tensor:
         """The weight holds the adapter already."""

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def build_fleet() -> Iterator[FleetBuilder]:
                 )
                 for group, worker in zip(groups, workers, strict=True)
             ],
-            publish=snapshot,
+            publish=snapshots,
             optimizer=optimizer,
             overlaps=offload == "cpu",
         )
@@ -79,8 +79,11 @@ def build_fleet() -> Iterator[FleetBuilder]:
         fleet.stop()
 
 
-def snapshot(adapter: Adapter) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in adapter.named_parameters()}
+def snapshots(adapters: Mapping[str, Adapter]) -> dict[str, dict[str, Tensor]]:
+    return {
+        site: {name: p.detach().clone() for name, p in adapter.named_parameters()}
+        for site, adapter in adapters.items()
+    }
 
 
 def data(value: float | None = None) -> AdaptationData:

@@ -26,8 +26,8 @@ HANDOVERS = [
     (Fleet, "close"),  # a delay after it lets a fit overtake the site's own product with W
     (AdapterFitter, "accumulate"),
     (AdapterFitter, "step"),
-    (Bank, "publish"),
-    (Merger, "publish"),
+    (Bank, "publish_all"),
+    (Merger, "publish_all"),
 ]
 NUM_STEPS = 9
 

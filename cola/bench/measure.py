@@ -115,7 +115,8 @@ def _back_to_back(
         "seconds_spread": [min(intervals), max(intervals)],
         **parts,
         "stall_share": parts["stall_seconds"] / seconds,
-        "wire_bytes": (after.wire_bytes - before.wire_bytes) / num,
+        "sent_bytes": (_sent(after) - _sent(before)) / num,
+        "returned_bytes": (after.returned_bytes - before.returned_bytes) / num,
         "extra": after.extra,
     }
 
@@ -147,6 +148,11 @@ def _parts(before: Measurements, after: Measurements) -> dict[str, float]:
         "offload": after.offload_seconds - before.offload_seconds,
         "stall": after.stall_seconds - before.stall_seconds,
     }
+
+
+def _sent(measured: Measurements) -> int:
+    """Adaptation data that left the base device."""
+    return measured.wire_bytes - measured.returned_bytes
 
 
 def _spread(values: Sequence[float]) -> list[float]:

@@ -18,10 +18,11 @@ class Buffers:
 
     def take(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """A host tensor of any values, to be given back or simply dropped."""
-        with self._lock:
-            free = self._free.get((shape, dtype))
-            if free:
-                return free.pop()
+        if shape.numel() * dtype.itemsize >= MIN_BYTES:
+            with self._lock:
+                free = self._free.get((shape, dtype))
+                if free:
+                    return free.pop()
         return torch.empty(shape, dtype=dtype)
 
     def give(self, tensor: Tensor) -> None:

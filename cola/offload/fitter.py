@@ -237,14 +237,20 @@ class AdapterFitter:
 
     @torch.no_grad()
     def _add(self, site: SiteName, gradients: Mapping[str, Tensor]) -> None:
+        fresh: list[tuple[Tensor, Tensor]] = []
         for name, parameter in self._parameters[site].items():
             if parameter.grad is not None:
                 parameter.grad.add_(gradients[name])
-            elif self.device.type == "cpu":
-                parameter.grad = self._buffers.take(parameter.shape, self._dtype)
-                parameter.grad.copy_(gradients[name])
-            else:
-                parameter.grad = gradients[name].to(self._dtype).contiguous()
+                continue
+            parameter.grad = self._gradient_memory(parameter)
+            fresh.append((parameter.grad, gradients[name]))
+        if fresh:
+            torch._foreach_copy_([own for own, _ in fresh], [found for _, found in fresh])
+
+    def _gradient_memory(self, parameter: Tensor) -> Tensor:
+        if self.device.type == "cpu":
+            return self._buffers.take(parameter.shape, self._dtype)
+        return torch.empty_like(parameter)
 
     def _gradients(self, site: SiteName) -> list[Tensor]:
         return [p.grad for p in self._parameters[site].values() if p.grad is not None]

@@ -27,7 +27,11 @@ from cola.user_rows import UserRows
 
 
 class Fleet:
-    """Adapters of all sites, spread over workers."""
+    """Adapters of all sites, spread over workers.
+
+    Attributes:
+        overlaps: whether fits run beside the backward pass, on a device of their own.
+    """
 
     def __init__(
         self,
@@ -64,7 +68,7 @@ class Fleet:
         self._workers = list({id(berth.worker): berth.worker for berth in berths}.values())
         self._transfers = list({id(berth.transfer): berth.transfer for berth in berths}.values())
         self._global_clip = optimizer.clip_norm if optimizer.clip is ClipMode["global"] else None
-        self._overlaps = overlaps
+        self.overlaps = overlaps
         self._payloads = dict(payloads or dict.fromkeys(self._specs, Payload.factors))
         self._formers = dict(formers or {})
         self._local = local
@@ -116,7 +120,7 @@ class Fleet:
         """The site's data of this step is complete; a fit starts unless a barrier bars it."""
         slot = self._slot_of[site]
         slot.close(site)
-        may_fit = self._overlaps and not self._has_barrier
+        may_fit = self.overlaps and not self._has_barrier
         if self._fit is not None and may_fit and slot.is_complete:
             slot.fit(self._fit, 1.0)
 
@@ -181,7 +185,7 @@ class Fleet:
     def wire_bytes(self, returned_bytes: int) -> int:
         """Bytes moved so far, parameters returned included; none if adapters stay."""
         sent = sum(transfer.staged.total for transfer in self._transfers)
-        return sent + returned_bytes if self._overlaps else 0
+        return sent + returned_bytes if self.overlaps else 0
 
     def held_bytes(self) -> dict[str, dict[str, int]]:
         """Bytes of adapters, optimizer states and staging (peak), by device."""

@@ -18,7 +18,7 @@ from cola.offload.worker import InlineWorker, ThreadWorker, Worker
 from cola.sites import SiteName
 from cola.user_adapters import SiteAdapter, num_parameters
 
-CORES_PER_WORKER = 4
+CORES_PER_WORKER = 2
 """Cores that one fit uses: more, smaller fits at a time keep the cores busier."""
 
 STEPPED_TOGETHER = 1 << 20

@@ -17,8 +17,8 @@ from cola.sites import SiteName
 from cola.user_adapters import SiteAdapter
 
 Published = Mapping[str, Tensor]
-Publish = Callable[[SiteAdapter], Published]
-_Round = dict[SiteName, Published]
+Round = dict[SiteName, Published]
+Publish = Callable[[Mapping[SiteName, SiteAdapter]], Round]
 
 MAX_PENDING = 2
 """Batches of one block that may wait for its worker before the base model has to."""
@@ -79,7 +79,7 @@ class Slot:
             site: block for sites, block in zip(berth.blocks, blocks, strict=True) for site in sites
         }
         self._all = blocks
-        self._published: dict[int, Future[_Round]] = {}
+        self._published: dict[int, Future[Round]] = {}
         self.republish(0)
 
     @property
@@ -126,7 +126,7 @@ class Slot:
         for block in self._all:
             block.pending = []
 
-        def run() -> _Round:
+        def run() -> Round:
             # Earlier tasks of this slot ran on the same worker: these calls never wait, they raise
             # what went wrong, so that no adapter is stepped on half of its data.
             for future in arrived:
@@ -134,9 +134,9 @@ class Slot:
             published = previous.result()
             with _named(self.fitter.adapters):
                 stepped = self.fitter.step(fit, clip_factor)
-                published = published | {site: self._publish_site(site) for site in stepped}
+                news = self._publish({site: self.fitter.adapters[site] for site in stepped})
                 self.transfer.settle()
-                return published
+                return published | news
 
         self.version = fit.number
         self._published[fit.number] = self._worker.submit(run)
@@ -145,15 +145,15 @@ class Slot:
 
     def republish(self, version: int) -> None:
         """Publishes what the adapters are now, after they were changed from outside."""
-        ready: Future[_Round] = Future()
-        ready.set_result({site: self._publish_site(site) for site in self.fitter.adapters})
+        ready: Future[Round] = Future()
+        ready.set_result(self._publish(self.fitter.adapters))
         self.version, self._published = version, {version: ready}
 
     def is_ready(self, version: int) -> bool:
         """Whether `published` would return at once."""
         return self._published[version].done()
 
-    def published(self, version: int) -> _Round:
+    def published(self, version: int) -> Round:
         """What was published after an adaptation, by site; waits until its fit has ended."""
         return self._published[version].result()
 
@@ -164,9 +164,6 @@ class Slot:
             for future in block.pending:
                 future.result()
         self.published(self.version)
-
-    def _publish_site(self, site: SiteName) -> Published:
-        return self._publish(self.fitter.adapters[site])
 
     def _hand_over(self, block: _Block) -> None:
         """Sends what a block has collected, and lets the worker count it in when it arrives."""

@@ -34,7 +34,7 @@ _HEADER = (
     "stall, %",
     "base, MiB",
     "offload, MiB",
-    "wire, MiB",
+    "out and back, MiB",
     "tokens/s",
     "x LoRA",
     "x LoRA bf16",
@@ -114,7 +114,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         f"{100 * row['stall_share']:.0f}" if is_cola else MISSING,
         base + paper.base_memory(),
         f"{row['offload_mib']:,.1f}{paper.offload_memory()}" if is_cola else MISSING,
-        f"{row['wire_bytes'] / MIB:,.1f}" if row["wire_bytes"] else MISSING,
+        _both_ways(row),
         f"{row['real_tokens_per_second']:,.0f}",
         *(_ratio(row["ratios"].get(label)) for label in _REFERENCES),
     ]
@@ -166,3 +166,10 @@ class _Paper:
             return ""
         doubt = "?" if column in self._uncertain else ""
         return f" ({sign}{float(value) * factor:,.6g}{doubt})"
+
+
+def _both_ways(row: Mapping[str, Any]) -> str:
+    """Bytes of an iteration, adaptation data and parameters."""
+    if not row["sent_bytes"]:
+        return MISSING
+    return f"{row['sent_bytes'] / MIB:,.1f}, {row['returned_bytes'] / MIB:,.1f}"
