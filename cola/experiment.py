@@ -28,6 +28,7 @@ from cola.models import (
     resolve_family,
     shared_parameter_sites,
 )
+from cola.offload.placing import resolve_offload
 from cola.optimizers import LearningRateSchedule
 from cola.report.curves import plot_learning_curve
 from cola.run_report import RunParts, log_start, report_run
@@ -83,6 +84,8 @@ def build_base_and_task(config: ExperimentConfig) -> tuple[BaseModel, TaskData]:
     """
     device = resolve_device(config.device)
     set_matmul_precision(tf32=config.model.tf32, device=device)
+    if config.method.name is MethodName.cola:
+        resolve_offload(config.offload, device, num_rows=1)  # refuses GPUs that are not there
     seed_everything(config.seed)
     problem = build_problem(config)
     base = build_base_model(config.model, problem, seed=config.seed)

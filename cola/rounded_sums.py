@@ -15,7 +15,7 @@ from cola.config.choices import Rounding
 CPU_BLOCK_BYTES = 8 << 20
 """Of the sum: smaller ones make threads of one kernel meet more often than they gain."""
 
-GPU_BLOCK_BYTES = 32 << 20
+GPU_BLOCK_BYTES = 64 << 20
 """Of the sum, within the second-level cache of large GPUs: every block costs four launches."""
 
 

@@ -14,11 +14,13 @@ from cola.bank import Bank
 from cola.config.choices import AdapterKind, MergeMode
 from cola.interfaces import Adaptation
 from cola.merging import Merger
+from cola.offload import placing
 from cola.offload.fitter import AdapterFitter
 from cola.offload.fleet import Fleet
 from cola.offload.transfer import Transfer
 from tests import tiny
 from tests.tolerances import EXACT
+from tests.wires import LaggingTransfer
 
 MAX_DELAY_SECONDS = 0.003
 HANDOVERS = [
@@ -57,8 +59,10 @@ def delay_handovers(monkeypatch: pytest.MonkeyPatch, generator: random.Random) -
 @pytest.mark.parametrize(("net", "num_workers"), [(tiny.TinyNet, 3), (tiny.CheckpointedNet, 2)])
 @pytest.mark.parametrize("interval", [1, 2, 3])
 @pytest.mark.parametrize("mode", [MergeMode.unmerged, MergeMode.merged], ids=lambda m: m.name)
+@pytest.mark.parametrize("wire", [Transfer, LaggingTransfer], ids=["at once", "late"])
 def test_weights_equal_autograd_whatever_the_delays(
     monkeypatch: pytest.MonkeyPatch,
+    wire: type[Transfer],
     mode: MergeMode,
     interval: int,
     net: type[nn.Module],
@@ -71,6 +75,7 @@ def test_weights_equal_autograd_whatever_the_delays(
 
     case = f"{mode.name} {interval} {net.__name__}"
     delay_handovers(monkeypatch, random.Random(case))
+    monkeypatch.setattr(placing, "Transfer", wire)
     chances = random.Random(case)  # apart from the delays, whose order is the threads'
     learner = tiny.gradient_learner(
         base, start, mode=mode, offload="cpu", num_workers=num_workers,

@@ -6,7 +6,7 @@ Part of `validate`; no Hydra and no torch. What the machine has is checked where
 import re
 from collections.abc import Collection
 
-from cola.config.choices import AdapterKind, MergeMode, OffloadTarget, Payload
+from cola.config.choices import AdapterKind, DType, MergeMode, OffloadTarget, Payload, WireDType
 from cola.config.keys import flatten, word
 from cola.config.schema import ExperimentConfig
 from cola.errors import ConfigError
@@ -54,6 +54,11 @@ def check_offload(config: ExperimentConfig, given: Collection[str]) -> None:
             "offload.base_gradients=true lets offload.payload=auto form low-rank and MLP "
             f"gradients on the base device, and offload.payload is {offload.payload.name}: use "
             "auto, or leave it out"
+        )
+    if offload.wire_dtype is WireDType.bfloat16 and config.model.dtype is DType.bfloat16:
+        raise ConfigError(
+            "offload.wire_dtype=bfloat16 with model.dtype=bfloat16: data of this model travels in "
+            "bfloat16 anyway; leave it out"
         )
     if offload.payload is not Payload.factors:
         _check_payload(config)

@@ -23,7 +23,7 @@ class StagedBytes:
     """Adaptation data that has left the base model and has not been fitted yet."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # one may be forgotten while another is counted in
         self.now = self.peak = self.total = 0
 
     def add(self, num: int) -> None:
