@@ -44,6 +44,7 @@ from trace_lanes import (
 
 from cola.bench.batches import build_batches
 from cola.bench.row import BenchRow
+from cola.bench.rows import with_random_weights
 from cola.bench.subjects import Subject, build_subject
 from cola.config.choices import OffloadTarget, RowLengths
 from cola.config.schema import ExperimentConfig
@@ -187,7 +188,8 @@ def compose(overrides: Sequence[str], batch_size: int) -> ExperimentConfig:
     """
     given = {override.partition("=")[0] for override in overrides}
     usual = [f"{key}={value}" for key, value in DEFAULTS.items() if key not in given]
-    config = compose_run([*usual, f"trainer.batch_size={batch_size}", *overrides]).config
+    run = compose_run([*usual, f"trainer.batch_size={batch_size}", *overrides])
+    config = with_random_weights(run.config, run.given)
     if config.offload.name is OffloadTarget.none:
         raise ConfigError("offload=none: there are no workers to draw; use offload=cpu or gpu")
     return config

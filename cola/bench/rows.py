@@ -8,7 +8,7 @@ no method can go below, LoRA in the forms in which it is used, and gradient chec
 
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from cola.bench.row import FLOOR, BenchRow
 from cola.config.choices import (
@@ -54,6 +54,22 @@ _OTHER_PEFT = (
     MethodName.ptuning,
 )
 _CHECKPOINTING = "-checkpointing"
+
+
+def with_random_weights(config: ExperimentConfig, given: Collection[str]) -> ExperimentConfig:
+    """Random weights of the true shape, unless somebody says where there are real ones.
+
+    Args:
+        config: of a table or of a single row.
+        given: keys that were set explicitly.
+    """
+    model = config.model
+    if model.source is not ModelSource.pretrained or "model.path" in given:
+        return config
+    if not model.architecture:  # model=hf: validation asks for a path
+        return config
+    model = dataclasses.replace(model, source=ModelSource.random, path=None)
+    return dataclasses.replace(config, model=model)
 
 
 def select_rows(configs: Sequence[ExperimentConfig]) -> list[BenchRow]:

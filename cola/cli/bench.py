@@ -1,19 +1,17 @@
 """`cola-bench`: time and memory of every method on this machine, the paper's Tables 10 to 18."""
 
 import argparse
-import dataclasses
 import logging
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import cola
 from cola.bench.row import BenchRow
-from cola.bench.rows import select_rows
+from cola.bench.rows import select_rows, with_random_weights
 from cola.cli.app import DONE, FAILED, INTERRUPTED, guard, set_up_logging
 from cola.cli.help import help_text
 from cola.config.bench_checks import check_bench
-from cola.config.choices import ModelSource
 from cola.config.schema import BenchConfig, ExperimentConfig
 from cola.config.validation import validate
 from cola.errors import ConfigError
@@ -115,23 +113,12 @@ def _compose(lines: Sequence[str]) -> tuple[list[ExperimentConfig], Path]:
     # A model that was asked for stands in the place of all of the table's.
     models = [] if "model" in composed.given else composed.config.bench.models
     others = [compose_changes([*lines, f"model={name}"]).config for name in models]
-    configs = [_with_weights(one, composed.given) for one in others or [composed.config]]
+    configs = [with_random_weights(one, composed.given) for one in others or [composed.config]]
     if any(line.lstrip("+").startswith("hydra.run.dir=") for line in lines):
         return configs, composed.run_dir
     config = composed.config
     name = config.experiment_name or f"{config.task.name}-{config.model.name}"
     return configs, Path("outputs") / "bench" / name
-
-
-def _with_weights(config: ExperimentConfig, given: Collection[str]) -> ExperimentConfig:
-    """Random weights of the true shape, unless somebody says where there are real ones."""
-    model = config.model
-    if model.source is not ModelSource.pretrained or "model.path" in given:
-        return config
-    if not model.architecture:  # model=hf: validation asks for a path
-        return config
-    model = dataclasses.replace(model, source=ModelSource.random, path=None)
-    return dataclasses.replace(config, model=model)
 
 
 def _check_rows(rows: Sequence[BenchRow]) -> None:
