@@ -18,6 +18,7 @@ from cola.config.choices import (
     MergeMode,
     MethodName,
     OffloadTarget,
+    Payload,
     Pristine,
 )
 from cola.config.schema import ExperimentConfig
@@ -98,15 +99,13 @@ def estimate(config: ExperimentConfig) -> DryRun:
     offloads = (
         config.method.name is MethodName.cola and config.offload.name is not OffloadTarget.none
     )
-    is_merged = config.merge.mode is MergeMode.merged
-    back = _merged_bytes(base) if is_merged else _bank_bytes(base, plan)
     return DryRun(
         sites=len(base.sites),
         base_parameters=base.num_parameters,
         users=plan.num_users,
         trainable_parameters=base.num_parameters if trains_all else plan.num_trained,
         wire_out_bytes=traffic if offloads else 0,
-        wire_back_bytes=back if offloads else 0,
+        wire_back_bytes=_back_bytes(config, base, plan) if offloads else 0,
         memory_bytes=_memory(config, base, plan, traffic, kept),
     )
 
@@ -141,11 +140,14 @@ def _trace(
     """Runs one training batch forward on the meta device.
 
     Returns:
-        Bytes of (x, gradient) over all sites, and bytes kept for the backward pass.
+        Bytes of hidden inputs, each once, and hidden gradients over all sites, before rows of
+        padding are left out; and bytes kept for the backward pass.
     """
-    method = config.method.name
+    method, offload = config.method.name, config.offload
+    stays = offload.name is OffloadTarget.none or offload.payload is Payload.gradient
     model = base.module.train().requires_grad_(method is MethodName.ft)
     traffic: list[int] = []
+    sent: list[Tensor] = []
     kept: list[Tensor] = []
     # Makes the frozen model's hidden representations part of the graph, as the taps do.
     anchor = torch.zeros((), device="meta", requires_grad=True)
@@ -153,8 +155,11 @@ def _trace(
     def adapt(site: SiteName, module: nn.Module, args: Any, hidden: Tensor) -> Tensor:
         # Both in the type that the site computes in; autocast is bfloat16, and unknown to meta.
         size = 2 if config.model.autocast else hidden.element_size()
-        traffic.append((args[0].numel() + hidden.numel()) * size)
-        if method is MethodName.cola:
+        traffic.append(hidden.numel() * size)
+        if not any(args[0] is other for other in sent):
+            sent.append(args[0])
+            traffic.append(args[0].numel() * size)
+        if method is MethodName.cola and stays:
             kept.append(args[0])  # until its gradient arrives
         if method is MethodName.cola and config.merge.mode is not MergeMode.unmerged:
             return hidden + anchor
@@ -213,6 +218,17 @@ def _weight_bytes(base: BaseModel) -> int:
 
 def _bank_bytes(base: BaseModel, plan: AdapterPlan) -> int:
     return plan.num_stacked * next(base.module.parameters()).element_size()
+
+
+def _back_bytes(config: ExperimentConfig, base: BaseModel, plan: AdapterPlan) -> int:
+    """What an adaptation sends back: parameters, merged weights, or what is added to them."""
+    if config.merge.mode is not MergeMode.merged:
+        return _bank_bytes(base, plan)
+    merged = _merged_bytes(base)
+    if config.merge.pristine is Pristine.host:
+        return merged
+    size = next(base.module.parameters()).element_size()
+    return min(plan.num_stacked, merged // size) * FLOAT32_BYTES
 
 
 def _merged_bytes(base: BaseModel) -> int:
