@@ -16,9 +16,9 @@ from cola.adapters import LowRankAdapter, install_parameters, skeleton
 from cola.sites import SiteKind, SiteName
 from cola.user_adapters import SiteAdapter
 
-ROUNDS_KEPT = 4
-"""Adaptations whose snapshots are apart: the newest, the one that a stale base model uses, and one
-more of each that the base device may still be reading."""
+ROUNDS_KEPT = 3
+"""Adaptations whose snapshots are apart: the newest, the one before, which a base model that lags
+behind still fetches, and the one that is being written."""
 
 
 class Bank:
