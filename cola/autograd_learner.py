@@ -20,11 +20,12 @@ from cola.adapters import Adapter
 from cola.baselines.adalora import RankBudget
 from cola.config.choices import ClipMode, Objective, Reduction
 from cola.config.schema import OptimizerConfig
-from cola.interfaces import Adaptation, Batch, Measurements
+from cola.interfaces import Adaptation, Measurements
 from cola.meters import BusyTimer, add_held, count_bytes
 from cola.objectives import task_loss
 from cola.optimizers import build_optimizer, optimizer_step
 from cola.sites import SiteName
+from cola.task_data import Batch
 from cola.user_rows import EVERYONE, UserId, UserRows
 
 

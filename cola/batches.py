@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from cola.interfaces import Batch, Split, TaskData, TensorRows
+from cola.task_data import Batch, Split, TaskData, TensorRows
 from cola.user_rows import UserRows
 
 logger = logging.getLogger(__name__)

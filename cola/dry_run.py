@@ -23,12 +23,12 @@ from cola.config.choices import (
 )
 from cola.config.schema import ExperimentConfig
 from cola.experiment import build_problem, check_sites
-from cola.interfaces import Problem
 from cola.meta_trace import kept_bytes
 from cola.meters import MIB, count_bytes
 from cola.models import BaseModel, build_base_model
 from cola.report.text import format_table, print_text
 from cola.sites import SiteName
+from cola.task_data import Problem
 
 FLOAT32_BYTES = 4
 

@@ -25,10 +25,11 @@ from cola.errors import ConfigError
 from cola.evaluation import Evaluation, evaluate
 from cola.experiment import build_base_and_task, build_run_learner
 from cola.generation import generate_texts
-from cola.interfaces import Example, Learner, Split, TaskData
+from cola.interfaces import Learner
 from cola.report.text import format_table, print_text
 from cola.run_report import MERGE_WORDS, evaluates_merged
 from cola.runtime import resolve_device
+from cola.task_data import Example, Split, TaskData
 from cola.tasks.encoding import IGNORED
 from cola.tasks.tokenizing import end_of, tokenize, tokenize_prompts
 

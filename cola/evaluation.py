@@ -17,9 +17,9 @@ from cola.config.schema import EvaluationConfig, GenerationConfig
 from cola.config.user_settings import list_names
 from cola.errors import DataError
 from cola.generation import generate_texts
-from cola.interfaces import Example, Split, TaskData, Values
 from cola.objectives import predict, task_loss
 from cola.row_views import pick_rows
+from cola.task_data import Example, Split, TaskData, Values
 from cola.user_rows import UserRows
 
 if TYPE_CHECKING:

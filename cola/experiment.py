@@ -18,7 +18,7 @@ from cola.export import head_weights
 from cola.generation import check_positions
 from cola.horizon import Horizon
 from cola.initial_adapters import initial_adapters, start_from
-from cola.interfaces import Learner, Problem, TaskData
+from cola.interfaces import Learner
 from cola.learners import build_learner
 from cola.metrics import build_score
 from cola.models import (
@@ -34,6 +34,7 @@ from cola.report.curves import plot_learning_curve
 from cola.run_report import RunParts, log_start, report_run
 from cola.runtime import resolve_device, seed_everything, set_matmul_precision, stop_request
 from cola.summary import write_summary
+from cola.task_data import Problem, TaskData
 from cola.tasks import leaves_objective_open, load_task, metric_name, resolve_problem
 from cola.tracking import build_tracker, read_metrics
 from cola.trainer import Trainer

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cola.config.choices import Objective
 from cola.config.schema import GenerationConfig
 from cola.errors import ConfigError
-from cola.interfaces import Example, Problem, TaskData
+from cola.task_data import Example, Problem, TaskData
 from cola.user_rows import UserRows
 
 if TYPE_CHECKING:

@@ -16,11 +16,11 @@ from cola.adapters import Adapter
 from cola.config.choices import UserLoss
 from cola.config.schema import UsersConfig
 from cola.gradient_wiring import GradientLearning, build_gradient_learner
-from cola.interfaces import Batch
 from cola.objectives import row_losses, task_loss
 from cola.oracle import attach_trainable, attach_users
 from cola.runtime import seed_everything
 from cola.sites import SiteName, SiteSpec
+from cola.task_data import Batch
 from cola.user_adapters import SiteAdapter, UserAdapters
 from cola.user_stack import UserStack
 

@@ -14,16 +14,17 @@ from torch import Tensor, nn
 
 from cola.adapters import Adapter
 from cola.attendance import Attendance
-from cola.interfaces import Adaptation, Batch, Measurements, Placement
+from cola.interfaces import Adaptation, Measurements, Placement
 from cola.interval_loss import IntervalLoss
 from cola.merging import Merger
 from cola.meters import BusyTimer, add_held, count_bytes
-from cola.offload.fitter import Fit
+from cola.offload.fit import Fit
 from cola.offload.fleet import Fleet
 from cola.roster import Roster
 from cola.row_dropping import RowDropping
 from cola.sites import SiteName
 from cola.taps import StepRows, Taps
+from cola.task_data import Batch
 from cola.user_adapters import SiteAdapter, UserAdapters, num_parameters
 from cola.user_rows import EVERYONE, UserId, UserRows
 

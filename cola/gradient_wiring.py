@@ -28,7 +28,8 @@ from cola.interval_loss import BatchLoss, IntervalLoss, UserLosses
 from cola.merging import Merger
 from cola.offload.buffers import Buffers
 from cola.offload.deliveries import Former
-from cola.offload.fitter import AdapterFitter, Fitter
+from cola.offload.fit import Fitter
+from cola.offload.fitter import AdapterFitter
 from cola.offload.fleet import Fleet
 from cola.offload.payload import choose_payloads, may_form
 from cola.offload.placing import OffloadPlan, resolve_offload

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from cola.adaptation_data import IntervalWeights
 from cola.config.choices import Objective, Reduction, UserLoss
-from cola.interfaces import Batch
 from cola.objectives import row_losses, task_loss
 from cola.runtime import upload
+from cola.task_data import Batch
 
 
 class IntervalLoss(Protocol):

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cola.config.choices import Objective
 from cola.config.schema import ExperimentConfig
 from cola.errors import ConfigError
-from cola.interfaces import Batch, Problem
 from cola.meters import count_bytes
 from cola.objectives import task_loss
+from cola.task_data import Batch, Problem
 
 
 def kept_bytes(

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cola.errors import ConfigError
-from cola.interfaces import Score, Values
+from cola.task_data import Score, Values
 
 Array = NDArray[Any]
 

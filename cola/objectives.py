@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cola.config.choices import Objective
-from cola.interfaces import Batch
+from cola.task_data import Batch
 
 IGNORED = -100
 """Label of a token that is not scored."""

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cola.interfaces import Batch
 from cola.kept_rows import KeptRows, keep_rows
 from cola.sites import RowStream, SiteName, SiteSpec
+from cola.task_data import Batch
 
 logger = logging.getLogger(__name__)
 

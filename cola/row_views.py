@@ -7,7 +7,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from cola.interfaces import Batch, Example, Split, TensorRows
+from cola.task_data import Batch, Example, Split, TensorRows
 
 
 class RowView(Sequence[Example]):

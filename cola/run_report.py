@@ -15,9 +15,10 @@ from cola.config.schema import ExperimentConfig
 from cola.evaluation import Evaluation
 from cola.export import export_run
 from cola.horizon import Horizon
-from cola.interfaces import Learner, TaskData
+from cola.interfaces import Learner
 from cola.models import BaseModel
 from cola.summary import build_summary
+from cola.task_data import TaskData
 from cola.tracking import Trackers
 from cola.trainer import Trainer
 from cola.user_rows import EVERYONE, UserId, user_folder

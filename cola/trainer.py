@@ -22,11 +22,12 @@ from cola.config.schema import EvaluationConfig, GenerationConfig, TrainerConfig
 from cola.errors import TrainingError
 from cola.evaluation import Evaluation, evaluate
 from cola.horizon import Horizon, Progression
-from cola.interfaces import Adaptation, Learner, Measurements, Split, TaskData
+from cola.interfaces import Adaptation, Learner, Measurements
 from cola.meters import MIB, peak_mib, reset_peaks, resident_mib
 from cola.optimizers import LearningRateSchedule
 from cola.progress import Progress
 from cola.runtime import StopRequest, generator_states, restore_generators
+from cola.task_data import Split, TaskData
 from cola.tracking import Trackers
 
 logger = logging.getLogger(__name__)

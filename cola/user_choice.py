@@ -9,7 +9,7 @@ from cola.config.keys import nearest_words
 from cola.config.schema import UsersConfig
 from cola.config.user_settings import list_names
 from cola.errors import ConfigError, DataError
-from cola.interfaces import Split, TaskData
+from cola.task_data import Split, TaskData
 from cola.user_rows import UserId
 
 

@@ -17,8 +17,8 @@ from cola.config.keys import nearest_words
 from cola.config.schema import ExperimentConfig, UsersConfig
 from cola.config.user_settings import UserSettings, list_names, resolve_users
 from cola.errors import DataError
-from cola.interfaces import Split, TaskData, TensorRows
 from cola.row_views import pick_rows
+from cola.task_data import Split, TaskData, TensorRows
 from cola.user_choice import choose_users, deal_rows, order_users, shard_names
 from cola.user_rows import UserId, user_folder
 

@@ -22,11 +22,11 @@ from cola.errors import ConfigError
 from cola.experiment import build_problem, build_task, check_sites
 from cola.gradient_check import Subject, learned_gradients, true_gradients
 from cola.gradient_wiring import build_gradient_learner, resolve_settings
-from cola.interfaces import Batch
 from cola.models import build_base_model
 from cola.report.text import format_table, print_text
 from cola.runtime import resolve_device
 from cola.sites import SiteName
+from cola.task_data import Batch
 from cola.user_adapters import SiteAdapter, UserAdapters
 from cola.user_learning import build_users
 from cola.users import assign_users

@@ -19,12 +19,13 @@ from typing import Any
 from cola.batches import BatchStream
 from cola.config.store import compose_run
 from cola.experiment import build_problem, build_task
-from cola.interfaces import Adaptation, Batch, Learner
+from cola.interfaces import Adaptation, Learner
 from cola.learners import build_learner
 from cola.models import build_base_model
 from cola.report.text import format_table
 from cola.runtime import resolve_device
 from cola.summary import describe_machine
+from cola.task_data import Batch
 
 VARIANTS = {
     "full fine-tuning": ["method=ft"],

@@ -36,7 +36,7 @@ from cola.config.choices import ModelSource, Objective
 from cola.config.schema import AdapterConfig, ExperimentConfig
 from cola.config.store import compose_run
 from cola.config.user_settings import resolve_users
-from cola.interfaces import Adaptation, Batch, Problem
+from cola.interfaces import Adaptation
 from cola.learners import build_learner
 from cola.meters import MIB
 from cola.models import BaseModel, build_base_model
@@ -45,6 +45,7 @@ from cola.report.text import format_table
 from cola.runtime import resolve_device
 from cola.sites import SiteKind
 from cola.summary import describe_machine
+from cola.task_data import Batch, Problem
 from cola.user_rows import UserRows
 
 RATE = 1e-4

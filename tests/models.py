@@ -14,10 +14,10 @@ from cola.config.choices import AdapterKind, MergeMode, Objective, Reduction
 from cola.config.schema import ModelConfig
 from cola.gradient_learner import GradientLearner
 from cola.gradient_wiring import GradientLearning, build_gradient_learner
-from cola.interfaces import Batch, Problem
 from cola.models import BaseModel
 from cola.objectives import IGNORED
 from cola.sites import SiteName
+from cola.task_data import Batch, Problem
 from tests import tiny
 
 MODELS = Path(__file__).parents[1] / "conf" / "model"

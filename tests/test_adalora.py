@@ -16,9 +16,10 @@ from cola.checkpoint import load_state, save_state
 from cola.config.choices import MethodName
 from cola.config.schema import ExperimentConfig, MethodConfig
 from cola.errors import SiteError
-from cola.interfaces import Adaptation, Batch
+from cola.interfaces import Adaptation
 from cola.learners import build_learner
 from cola.models import BaseModel, build_base_model
+from cola.task_data import Batch
 from cola.tasks import resolve_problem
 from tests.runs import config_of
 

@@ -13,9 +13,9 @@ from cola.config.schema import EvaluationConfig, GenerationConfig
 from cola.errors import DataError
 from cola.evaluation import Evaluation, evaluate
 from cola.generation import Generated
-from cola.interfaces import Batch, Problem, Split, TaskData
 from cola.models.tokenizer import build_word_tokenizer, word_vocabulary
 from cola.objectives import task_loss
+from cola.task_data import Batch, Problem, Split, TaskData
 from cola.tasks.collate import CausalCollator, TextCollator, build_prompt_collator, collate_images
 from cola.user_rows import UserRows
 from tests.models import image_problem, text_problem

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from cola import trainer
 from cola.config.choices import Objective
 from cola.export import can_export_peft
-from cola.interfaces import Problem
 from cola.models import build_base_model
+from cola.task_data import Problem
 from tests.runs import Run, config_of, run, small_synthetic
 
 FLOAT32 = 1e-5

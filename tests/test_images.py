@@ -12,7 +12,7 @@ from torch import Tensor
 from cola.batches import BatchStream, evaluation_batches, place_rows
 from cola.config.schema import TaskConfig
 from cola.errors import DataError
-from cola.interfaces import Batch, Split, TaskData, TensorRows
+from cola.task_data import Batch, Split, TaskData, TensorRows
 from cola.tasks import hub, load_task, resolve_problem
 from cola.tasks.collate import collate_images
 from cola.tasks.image_rows import CROP_PADDING, ImageRows, crop_and_flip

@@ -10,10 +10,11 @@ from cola.adaptation_data import IntervalWeights
 from cola.config.choices import AdapterKind, MergeMode, Objective, Reduction, ScheduleName
 from cola.config.schema import ScheduleConfig, TrainerConfig
 from cola.horizon import Horizon
-from cola.interfaces import Adaptation, Batch
+from cola.interfaces import Adaptation
 from cola.objectives import task_loss
 from cola.optimizers import LearningRateSchedule
 from cola.oracle import attach_trainable
+from cola.task_data import Batch
 from tests import tiny
 from tests.tolerances import EXACT
 

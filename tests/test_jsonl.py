@@ -16,8 +16,8 @@ from cola.config.schema import ExperimentConfig, TaskConfig
 from cola.config.store import compose_config
 from cola.config.template import parse_template
 from cola.errors import ConfigError, DataError
-from cola.interfaces import Split, TaskData
 from cola.models.tokenizer import build_word_tokenizer
+from cola.task_data import Split, TaskData
 from cola.tasks import load_task, metric_name, resolve_problem
 from cola.tracking import read_samples
 from tests.runs import Run, run

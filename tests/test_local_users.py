@@ -25,10 +25,11 @@ from cola.config.choices import AdapterKind, LateUser, MergeMode, UserLoss, User
 from cola.config.schema import OptimizerConfig
 from cola.errors import ConfigError, OffloadError
 from cola.gradient_learner import GradientLearner
-from cola.interfaces import Adaptation, Batch
-from cola.offload.fitter import Fit
+from cola.interfaces import Adaptation
+from cola.offload.fit import Fit
 from cola.offload.local_folder import LocalFolder
 from cola.offload.local_users import LocalUsers
+from cola.task_data import Batch
 from cola.user_adapters import build_user_adapters
 from cola.user_rows import UserRows
 from tests import tiny, users

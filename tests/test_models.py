@@ -15,7 +15,6 @@ from torch import Tensor
 
 from cola.config.choices import DType
 from cola.errors import ConfigError, SiteError
-from cola.interfaces import Problem
 from cola.models import (
     BaseModel,
     build_base_model,
@@ -27,6 +26,7 @@ from cola.models import (
 from cola.models.hub import hub_answers
 from cola.models.site_selection import attention_sites
 from cola.sites import SiteKind
+from cola.task_data import Problem
 from tests.models import image_problem, model_of, text_problem
 
 IMAGE_MODELS = ["linear", "mlp", "cnn"]
@@ -624,8 +624,8 @@ def test_image_models_import_neither_transformers_nor_peft() -> None:
         "import sys\n"
         "from cola.config.choices import ModelSource, Objective\n"
         "from cola.config.schema import ModelConfig\n"
-        "from cola.interfaces import Problem\n"
         "from cola.models import build_base_model, check_rank\n"
+        "from cola.task_data import Problem\n"
         "model = ModelConfig(name='linear', source=ModelSource.image,\n"
         "                    architecture={'model_type': 'linear'})\n"
         "problem = Problem(objective=Objective.image, num_labels=10, image_shape=(1, 8, 8),\n"

@@ -19,13 +19,15 @@ from cola.config.choices import AdapterKind, MergeMode, Objective
 from cola.config.schema import OptimizerConfig
 from cola.errors import OffloadError
 from cola.gradient_learner import GradientLearner
-from cola.interfaces import Adaptation, Batch
+from cola.interfaces import Adaptation
 from cola.objectives import task_loss
-from cola.offload.fitter import AdapterFitter, Fit
+from cola.offload.fit import Fit
+from cola.offload.fitter import AdapterFitter
 from cola.offload.fleet import Fleet
 from cola.offload.slot import MAX_PENDING, Berth
 from cola.offload.transfer import Transfer
 from cola.offload.worker import InlineWorker, ThreadWorker, Worker
+from cola.task_data import Batch
 from tests import tiny
 from tests.tolerances import EXACT, FLOAT32
 

@@ -14,9 +14,10 @@ from cola.baselines.methods import PeftMethod, build_peft_method
 from cola.config.choices import MethodName, Objective
 from cola.config.schema import ExperimentConfig, MethodConfig
 from cola.errors import ConfigError, SiteError
-from cola.interfaces import Adaptation, Batch
+from cola.interfaces import Adaptation
 from cola.learners import build_learner
 from cola.models import BaseModel, build_base_model
+from cola.task_data import Batch
 from cola.tasks import resolve_problem
 from tests.runs import config_of, run, small_synthetic
 from tests.tolerances import EXACT

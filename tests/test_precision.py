@@ -11,11 +11,11 @@ from torch import nn
 from cola.config.choices import AdapterKind, DType, MergeMode, Objective
 from cola.dry_run import estimate
 from cola.errors import ConfigError
-from cola.interfaces import Batch
 from cola.models import BaseModel, build_base_model
 from cola.objectives import task_loss
 from cola.oracle import attach_trainable
 from cola.runtime import set_matmul_precision
+from cola.task_data import Batch
 from tests import tiny
 from tests.configs import composed
 from tests.models import (

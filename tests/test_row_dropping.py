@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from cola.adapters import Adapter
 from cola.config.choices import AdapterKind, MergeMode, Objective, Reduction
 from cola.gradient_wiring import GradientLearning, build_gradient_learner
-from cola.interfaces import Batch, Example
 from cola.kept_rows import KeptRows, keep_rows
 from cola.models import BaseModel, build_base_model
 from cola.models.row_streams import with_streams
@@ -23,6 +22,7 @@ from cola.objectives import task_loss
 from cola.offload.placing import OffloadPlan
 from cola.row_dropping import RowDropping
 from cola.sites import RowStream, SiteName, SiteSpec, describe_site
+from cola.task_data import Batch, Example
 from cola.tasks.collate import CausalCollator, PairCollator, TextCollator
 from cola.user_rows import UserRows
 from tests import tiny

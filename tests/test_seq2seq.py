@@ -15,11 +15,11 @@ from cola.config.choices import AdapterKind, DType, Family, MergeMode, Objective
 from cola.errors import ConfigError
 from cola.experiment import build_problem
 from cola.gradient_learner import set_training_mode
-from cola.interfaces import Batch
 from cola.models import BaseModel, build_base_model, resolve_family
 from cola.objectives import IGNORED, task_loss
 from cola.oracle import attach_trainable
 from cola.sites import SiteName
+from cola.task_data import Batch
 from tests import tiny
 from tests.configs import composed
 from tests.models import OBJECTIVES, filled, learner_of, model_of, text_problem, token_batches

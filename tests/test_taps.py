@@ -13,12 +13,13 @@ from cola.adaptation_data import AdaptationData, Parcel
 from cola.adapters import Adapter
 from cola.config.choices import AdapterKind, MergeMode, Objective
 from cola.errors import SiteError
-from cola.interfaces import Adaptation, Batch
+from cola.interfaces import Adaptation
 from cola.kept_rows import KeptRows
 from cola.merging import Merger
 from cola.objectives import task_loss
 from cola.sites import SiteName, flatten_rows
 from cola.taps import Taps
+from cola.task_data import Batch
 from cola.user_rows import UserRows
 from tests import tiny
 from tests.tolerances import EXACT

@@ -12,8 +12,8 @@ import torch
 from cola.config.choices import Family, Objective
 from cola.config.schema import TaskConfig
 from cola.errors import ConfigError, DataError
-from cola.interfaces import Split, TaskData
 from cola.synthetic_language import CATEGORY_OPENINGS, synthetic_words
+from cola.task_data import Split, TaskData
 from cola.tasks import load_task, metric_name, resolve_problem
 from cola.tasks.fields import Fields
 from cola.tasks.glue import SUBSETS, join_columns

@@ -13,8 +13,8 @@ import pytest
 from cola.config.choices import Family, Objective
 from cola.config.schema import TaskConfig
 from cola.errors import ConfigError, DataError
-from cola.interfaces import TaskData
 from cola.synthetic_language import CATEGORY_OPENINGS
+from cola.task_data import TaskData
 from cola.tasks import load_task, metric_name, resolve_problem
 from cola.tasks.text_sets import TEXT_SETS
 from tests.byte_tokenizer import END, byte_tokenizer

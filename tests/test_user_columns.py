@@ -10,9 +10,9 @@ from cola.config.choices import Family
 from cola.config.schema import TaskConfig
 from cola.errors import ConfigError, DataError
 from cola.experiment import build_base_and_task
-from cola.interfaces import Split, TaskData
 from cola.models.tokenizer import build_word_tokenizer
 from cola.synthetic_language import CATEGORY_OPENINGS
+from cola.task_data import Split, TaskData
 from cola.tasks import hub, load_task, resolve_problem
 from tests.runs import config_of, write_rows
 

@@ -11,7 +11,8 @@ from cola.attendance import Visit
 from cola.config.choices import MergeMode, Reduction, UserGradient, UserLoss
 from cola.errors import MergeError, OffloadError, SiteError
 from cola.gradient_learner import GradientLearner
-from cola.interfaces import Adaptation, Batch
+from cola.interfaces import Adaptation
+from cola.task_data import Batch
 from cola.user_rows import UserRows
 from tests import tiny, users
 from tests.tolerances import EXACT

@@ -13,9 +13,9 @@ from cola.config.choices import AdapterKind, OtherUsers
 from cola.config.schema import ExperimentConfig, UserAdapterConfig
 from cola.errors import ConfigError, DataError
 from cola.experiment import build_base_and_task
-from cola.interfaces import Example, Split, TaskData, TensorRows
 from cola.row_views import pick_rows
 from cola.synthetic_language import CATEGORY_OPENINGS
+from cola.task_data import Example, Split, TaskData, TensorRows
 from cola.tasks.collate import TextCollator, collate_images
 from cola.tasks.image_rows import ImageRows, crop_and_flip
 from cola.tasks.rows import EncodedRows, build_table

@@ -24,12 +24,13 @@ from cola.config.choices import (
 from cola.config.schema import AdapterConfig, OptimizerConfig
 from cola.gradient_learner import GradientLearner, set_training_mode
 from cola.gradient_wiring import GradientLearning, build_gradient_learner
-from cola.interfaces import Adaptation, Batch, Learner
+from cola.interfaces import Adaptation, Learner
 from cola.objectives import task_loss
 from cola.offload.placing import OffloadPlan
 from cola.optimizers import build_optimizer, optimizer_step
 from cola.oracle import attach_trainable
 from cola.sites import SiteName, SiteSpec, describe_site
+from cola.task_data import Batch
 
 SCALE = 0.7
 

@@ -27,11 +27,11 @@ from cola.config.schema import OptimizerConfig
 from cola.config.user_settings import UserSettings
 from cola.gradient_learner import GradientLearner, set_training_mode
 from cola.gradient_wiring import GradientLearning, build_gradient_learner
-from cola.interfaces import Batch
 from cola.offload.local_users import LocalUsers
 from cola.optimizers import build_optimizer, optimizer_step
 from cola.roster import Roster
 from cola.sites import SiteName
+from cola.task_data import Batch
 from cola.user_adapters import UserAdapters, build_user_adapters
 from cola.user_learning import UserLearning
 from cola.user_rows import UserRows

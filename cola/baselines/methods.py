@@ -27,10 +27,10 @@ from cola.config.schema import ExperimentConfig
 from cola.errors import ConfigError, SiteError
 from cola.export import TASK_TYPES, head_names
 from cola.generation import resolve_decoding
-from cola.interfaces import Problem
 from cola.models import BaseModel, resolve_family, resolve_sites
 from cola.models.base import model_label, seeded_weights
 from cola.sites import SiteKind, SiteSpec
+from cola.task_data import Problem
 
 if TYPE_CHECKING:
     from peft import PeftConfig

@@ -14,8 +14,8 @@ import torch
 
 from cola.bench.row import BenchRow
 from cola.config.choices import Objective, RowLengths
-from cola.interfaces import Batch, Example, Problem
 from cola.models import BaseModel
+from cola.task_data import Batch, Example, Problem
 from cola.tasks.collate import build_text_collator, collate_images
 from cola.tasks.encoding import IGNORED
 from cola.user_rows import UserRows

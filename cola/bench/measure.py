@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from cola.bench.subjects import Subject
-from cola.interfaces import Batch, Measurements
+from cola.interfaces import Measurements
 from cola.meters import MIB, reset_peaks
+from cola.task_data import Batch
 
 SLOW_SECONDS = 5.0
 """An iteration that takes longer is repeated less often."""

@@ -16,11 +16,12 @@ from cola.bench.row import BenchRow
 from cola.config.choices import Objective, OffloadTarget
 from cola.config.user_settings import resolve_users
 from cola.gradient_learner import set_training_mode
-from cola.interfaces import Adaptation, Batch, Learner, Measurements
+from cola.interfaces import Adaptation, Learner, Measurements
 from cola.learners import build_learner
 from cola.meters import BusyTimer, add_held, count_bytes
 from cola.models import BaseModel
 from cola.objectives import task_loss
+from cola.task_data import Batch
 
 
 class Subject(Protocol):

@@ -10,13 +10,13 @@ import torch
 
 from cola.config.choices import ModelSource
 from cola.config.schema import ModelConfig
-from cola.interfaces import Problem
 from cola.models.architecture import resolve_family
 from cola.models.base import CPU, BaseModel, autocast_forward
 from cola.models.image import build_image
 from cola.models.site_checks import check_rank, shared_parameter_sites
 from cola.models.site_selection import resolve_sites
 from cola.models.text import build_pretrained, build_random
+from cola.task_data import Problem
 
 __all__ = [
     "BaseModel",

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from cola.config.choices import Family, ModelSource, Objective
 from cola.config.schema import ModelConfig
 from cola.errors import ConfigError
-from cola.interfaces import Problem
 from cola.models.base import model_label
 from cola.models.hub import PretrainedSource, find_source, loading
 from cola.models.tokenizer import word_vocabulary
+from cola.task_data import Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from cola.config.choices import Objective
 from cola.config.schema import ModelConfig
 from cola.errors import ConfigError
-from cola.interfaces import Problem
 from cola.models.base import BaseModel, cast_parameters, seeded_weights, stored_names
 from cola.models.site_selection import resolve_sites
+from cola.task_data import Problem
 
 
 class ImageOutput(NamedTuple):

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from cola.config.schema import ModelConfig
 from cola.errors import ConfigError
-from cola.interfaces import Problem
 from cola.models.architecture import is_classifier
 from cola.models.base import model_label, stored_names
 from cola.models.hub import PretrainedSource, stored_shapes
 from cola.models.site_selection import site_modules
 from cola.sites import SiteName
+from cola.task_data import Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

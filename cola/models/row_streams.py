@@ -14,8 +14,8 @@ from typing import Any
 from torch import nn
 
 from cola.config.choices import Objective
-from cola.interfaces import Problem
 from cola.sites import RowStream, SiteName, SiteSpec
+from cola.task_data import Problem
 
 _CROSS_ATTENTION = re.compile(
     r"(^|\.)(encoder_attn|encdecattention|cross_?attn|cross_?attention)\.", re.IGNORECASE

@@ -11,7 +11,6 @@ import torch
 from cola.config.choices import Family, Objective
 from cola.config.schema import ModelConfig
 from cola.errors import ConfigError
-from cola.interfaces import Problem
 from cola.models.architecture import (
     auto_class,
     check_objective,
@@ -33,6 +32,7 @@ from cola.models.row_streams import with_streams
 from cola.models.site_selection import QV, resolve_sites, site_modules
 from cola.models.tokenizer import build_word_tokenizer, load_tokenizer
 from cola.sites import SiteName
+from cola.task_data import Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

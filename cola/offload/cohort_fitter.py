@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cola.meters import count_bytes
-from cola.offload.fitter import Fit
+from cola.offload.fit import Fit
 from cola.runtime import upload
 from cola.user_optimizers import UserOptimizer
 from cola.user_stack import UserStack

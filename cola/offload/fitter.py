@@ -7,8 +7,7 @@ optimizer and few kernels; adapters that have to step apart get a fitter each.
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,61 +24,10 @@ from cola.gradient_learning import (
 )
 from cola.meters import count_bytes
 from cola.offload.buffers import Buffers
+from cola.offload.fit import Fit
 from cola.optimizers import build_optimizer, optimizer_step
 from cola.runtime import product_dtype
 from cola.sites import SiteKind, SiteName
-from cola.user_adapters import SiteAdapter
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fit:
-    """One step of an adapter.
-
-    Attributes:
-        number: adaptation, 1 for the first.
-        learning_rate: gamma_t.
-        gradient_scale: factor on the accumulated gradient (interval reduction).
-        user_scales: (K,) the same for each user, where users' rows are averaged apart.
-    """
-
-    number: int
-    learning_rate: float
-    gradient_scale: float
-    user_scales: tuple[float, ...] | None = None
-
-
-class Fitter(Protocol):
-    """What a fleet asks of those who own adapters and step them together."""
-
-    @property
-    def adapters(self) -> "Mapping[SiteName, SiteAdapter]":
-        """By site."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where they are fitted."""
-
-    @property
-    def held_bytes(self) -> Mapping[str, int]:
-        """By owner, as of the last step."""
-
-    def accumulate(self, batch: Sequence[tuple[SiteName, AdaptationData]]) -> None:
-        """Adds the gradients of one batch, call by call of its sites."""
-
-    def gradient_norm(self, site: SiteName, fit: Fit) -> Tensor:
-        """Of the interval's gradient, a scalar, or (K,) with users."""
-
-    def step(self, fit: Fit, clip_factor: float | Tensor = 1.0) -> list[SiteName]:
-        """Optimises what has data; returns the sites that stepped."""
-
-    def check_finite(self, number: int) -> None:
-        """Looks for what a GPU could not be asked at every step."""
-
-    def state_dict(self, site: SiteName) -> dict[str, Any]:
-        """Of one site."""
-
-    def load_state_dict(self, states: Mapping[SiteName, Mapping[str, Any]]) -> None:
-        """Continues from the states of all sites."""
 
 
 class AdapterFitter:

@@ -17,7 +17,7 @@ from cola.config.schema import OptimizerConfig
 from cola.kept_rows import KeptRows
 from cola.meters import add_held
 from cola.offload.deliveries import Call, Former
-from cola.offload.fitter import Fit
+from cola.offload.fit import Fit
 from cola.offload.local_users import LocalUsers
 from cola.offload.slot import Berth, Publish, Published, Slot
 from cola.offload.transfer import pick_rows

@@ -17,7 +17,7 @@ from cola.adaptation_data import AdaptationData, concatenate
 from cola.config.choices import LateUser
 from cola.config.schema import OptimizerConfig
 from cola.errors import ConfigError, OffloadError
-from cola.offload.fitter import Fit
+from cola.offload.fit import Fit
 from cola.offload.local_folder import LocalFolder
 from cola.offload.local_payload import (
     Answer,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cola.errors import ColaError, OffloadError
 from cola.offload.deliveries import Call, Former, send_factors, send_gradient
-from cola.offload.fitter import Fit, Fitter
+from cola.offload.fit import Fit, Fitter
 from cola.offload.transfer import Transfer
 from cola.offload.worker import Worker
 from cola.sites import SiteName

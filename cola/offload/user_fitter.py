@@ -15,7 +15,7 @@ from cola.adaptation_data import AdaptationData
 from cola.config.choices import ClipMode
 from cola.config.schema import OptimizerConfig
 from cola.offload.cohort_fitter import CohortFitter
-from cola.offload.fitter import Fit
+from cola.offload.fit import Fit
 from cola.offload.local_users import LocalUsers
 from cola.optimizers import rate_factor
 from cola.roster import Roster

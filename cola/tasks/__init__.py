@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from cola.config.choices import Family, Objective
 from cola.config.schema import TaskConfig
 from cola.errors import ConfigError
-from cola.interfaces import Problem, Score, TaskData
+from cola.task_data import Problem, Score, TaskData
 from cola.tasks.bad_rows import BadRows
 from cola.tasks.encoding import TaskRequest
 from cola.tasks.glue import load_glue, resolve_subset

@@ -16,8 +16,8 @@ from torch import Tensor
 from cola.config.choices import Objective, Padding
 from cola.config.schema import TaskConfig
 from cola.errors import ConfigError
-from cola.interfaces import Batch, Example
 from cola.sites import RowStream
+from cola.task_data import Batch, Example
 from cola.tasks.encoding import IGNORED
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cola.config.schema import TaskConfig
 from cola.errors import ConfigError
-from cola.interfaces import Problem, Score
+from cola.task_data import Problem, Score
 from cola.tasks.bad_rows import BadRows
 from cola.tasks.cache import cached_table
 from cola.tasks.rows import EncodedRows, TokenRow, build_table

@@ -7,7 +7,7 @@ from typing import Any
 
 from cola.config.choices import Objective
 from cola.errors import DataError
-from cola.interfaces import Example, Problem
+from cola.task_data import Example, Problem
 from cola.tasks.sources import Row
 from cola.user_rows import UserId
 

@@ -11,7 +11,7 @@ from functools import partial
 from cola.config.choices import Objective
 from cola.config.schema import TaskConfig
 from cola.errors import ConfigError
-from cola.interfaces import Problem, TaskData
+from cola.task_data import Problem, TaskData
 from cola.tasks.collate import build_text_collator
 from cola.tasks.encoding import TaskRequest, require_tokenizer
 from cola.tasks.fields import Fields

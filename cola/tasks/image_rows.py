@@ -12,7 +12,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from cola.interfaces import Batch, Example
+from cola.task_data import Batch, Example
 
 CROP_PADDING = 4
 """Pixels by which a crop may leave the image on every side; what lies there is reflected."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cola.errors import DataError
-from cola.interfaces import Batch, Problem, Split, TaskData
+from cola.task_data import Batch, Problem, Split, TaskData
 from cola.tasks.collate import collate_images
 from cola.tasks.encoding import TaskRequest
 from cola.tasks.fields import check_labels

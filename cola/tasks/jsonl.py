@@ -14,7 +14,7 @@ from cola.config.choices import Objective
 from cola.config.schema import TaskConfig
 from cola.config.template import format_value
 from cola.errors import ConfigError, DataError
-from cola.interfaces import TaskData
+from cola.task_data import TaskData
 from cola.tasks.encoding import TaskRequest
 from cola.tasks.own_rows import (
     OwnRow,

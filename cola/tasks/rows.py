@@ -13,7 +13,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from cola.interfaces import Example
+from cola.task_data import Example
 
 TokenRow = Mapping[str, Sequence[int]]
 """Token ids, or labels, of one row by column."""

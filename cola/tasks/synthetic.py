@@ -14,8 +14,8 @@ from itertools import islice
 
 from cola.config.choices import Objective
 from cola.errors import ConfigError
-from cola.interfaces import TaskData
 from cola.synthetic_language import CATEGORY_OPENINGS, FILLERS, WORD_CLASSES
+from cola.task_data import TaskData
 from cola.tasks.encoding import TaskRequest
 from cola.tasks.splits import NamedRows, Splits, first_rows
 from cola.tasks.text import LabelledRow, TextRow, build_labelled_task, build_text_task

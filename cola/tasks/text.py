@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cola.config.choices import Objective
-from cola.interfaces import Split, TaskData
+from cola.task_data import Split, TaskData
 from cola.tasks.collate import build_prompt_collator, build_text_collator
 from cola.tasks.encoding import (
     TaskRequest,

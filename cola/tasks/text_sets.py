@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 from cola.config.choices import Objective
 from cola.errors import DataError
-from cola.interfaces import TaskData
 from cola.synthetic_language import CATEGORY_OPENINGS
+from cola.task_data import TaskData
 from cola.tasks.encoding import TaskRequest
 from cola.tasks.fields import Fields
 from cola.tasks.reading import read_split
