@@ -99,6 +99,7 @@ def build_gradient_learner(
             worker=group.worker,
             transfer=group.transfer,
             blocks=group.blocks,
+            gathers=group.gathers,
         )
         for group in placed
     ]

@@ -7,7 +7,7 @@ optimizer and few kernels; adapters that have to step apart get a fitter each.
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from cola.gradient_learning import (
     adapter_gradients,
     linear_gradients,
     lowrank_gradients,
+    stacked_lowrank_gradients,
 )
 from cola.meters import count_bytes
 from cola.offload.buffers import Buffers
@@ -28,6 +29,20 @@ from cola.offload.fit import Fit
 from cola.optimizers import build_optimizer, optimizer_step
 from cola.runtime import product_dtype
 from cola.sites import SiteKind, SiteName
+
+
+class _Call(NamedTuple):
+    """One call of a site with a low-rank adapter."""
+
+    site: SiteName
+    adapter: LowRankAdapter
+    data: AdaptationData
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that must have the same shape in a stack."""
+        x, g = self.data.hidden_input, self.data.hidden_gradient
+        return x, g, self.adapter.lora_a, self.adapter.lora_b
 
 
 class AdapterFitter:
@@ -45,6 +60,7 @@ class AdapterFitter:
         *,
         scale: float,
         buffers: Buffers | None = None,
+        stacks: bool | None = None,
     ) -> None:
         """Takes over the adapters.
 
@@ -53,6 +69,8 @@ class AdapterFitter:
             optimizer: of the run; its `clip` other than `adapter` is left to the caller.
             scale: alpha.
             buffers: memory for gradients on the host, shared with other fitters.
+            stacks: whether low-rank adapters of equal shapes are fitted in one product, which takes
+                a copy of their data; None: on a GPU.
         """
         self._buffers = buffers or Buffers()
         self.adapters = dict(adapters)
@@ -61,6 +79,7 @@ class AdapterFitter:
         self._parameters = {s: dict(a.named_parameters()) for s, a in self.adapters.items()}
         everything = [p for named in self._parameters.values() for p in named.values()]
         self._dtype, self.device = everything[0].dtype, everything[0].device
+        self._stacks = self.device.type == "cuda" if stacks is None else stacks
         heads = [s for s, adapter in self.adapters.items() if adapter.spec.is_head]
         self._optimizer = build_optimizer(
             everything, optimizer, heads=[p for s in heads for p in self._parameters[s].values()]
@@ -74,27 +93,43 @@ class AdapterFitter:
     @torch.no_grad()
     def accumulate(self, batch: Sequence[tuple[SiteName, AdaptationData]]) -> None:
         """Adds the gradients of one batch; the parameters are constant inside an interval."""
-        together: dict[int, list[tuple[SiteName, LowRankAdapter, AdaptationData]]] = {}
+        together: dict[int, list[_Call]] = {}
         for site, data in batch:
             adapter = self.adapters[site]
             data = data.to(product_dtype(data.hidden_input, self._dtype))
             if isinstance(adapter, LowRankAdapter) and adapter.spec.kind is not SiteKind.conv2d:
                 key = id(data.hidden_input)  # sites with one input come with one tensor
-                together.setdefault(key, []).append((site, adapter, data))
+                together.setdefault(key, []).append(_Call(site, adapter, data))
             elif isinstance(adapter, LinearAdapter) and _is_matrix_on_host(adapter, data):
                 product = self._buffers.take(adapter.weight.shape, data.hidden_input.dtype)
                 self._add(site, linear_gradients(adapter, data, self._scale, out=product))
                 self._buffers.give(product)
             else:
                 self._add(site, adapter_gradients(adapter, data, self._scale))
-        for same in together.values():
-            sites, adapters, found = zip(*same, strict=True)
-            gradients = [data.hidden_gradient for data in found]
-            x = found[0].hidden_input
-            for site, own in zip(
-                sites, lowrank_gradients(adapters, x, gradients, self._scale), strict=True
-            ):
-                self._add(site, own)
+        for same in self._stackable(list(together.values())):
+            inputs = [calls[0].data.hidden_input for calls in same]
+            adapters = [[call.adapter for call in calls] for calls in same]
+            gradients = [[call.data.hidden_gradient for call in calls] for calls in same]
+            if len(same) > 1:
+                found = stacked_lowrank_gradients(adapters, inputs, gradients, self._scale)
+            else:
+                found = [lowrank_gradients(adapters[0], inputs[0], gradients[0], self._scale)]
+            for calls, own in zip(same, found, strict=True):
+                for call, gradient in zip(calls, own, strict=True):
+                    self._add(call.site, gradient)
+
+    def _stackable(self, inputs: list[list[_Call]]) -> Iterable[list[list[_Call]]]:
+        """Hidden inputs, each with its calls, by those that can be fitted in one product."""
+        if not self._stacks:
+            return [[calls] for calls in inputs]
+        alike: dict[tuple[torch.Size, ...], list[list[_Call]]] = {}
+        for calls in inputs:
+            shapes = [tensor.shape for call in calls for tensor in call.tensors]
+            # Adapters of one input that differ among themselves cannot be stacked either.
+            is_uniform = len({tuple(t.shape for t in call.tensors) for call in calls}) == 1
+            key = tuple(shapes) if is_uniform else (torch.Size([len(alike)]), torch.Size())
+            alike.setdefault(key, []).append(calls)
+        return alike.values()
 
     def add_gradients(self, site: SiteName, gradients: Mapping[str, Tensor]) -> None:
         """Adds a batch's gradient that was formed elsewhere."""
@@ -189,6 +224,9 @@ class AdapterFitter:
         for name, parameter in self._parameters[site].items():
             if parameter.grad is not None:
                 parameter.grad.add_(gradients[name])
+                continue
+            if self._stacks and gradients[name].dtype is self._dtype:
+                parameter.grad = gradients[name].contiguous()
                 continue
             parameter.grad = self._gradient_memory(parameter)
             fresh.append((parameter.grad, gradients[name]))

@@ -26,12 +26,25 @@ STEPPED_TOGETHER = 1 << 20
 takes to call, large ones should step while the backward pass goes on."""
 
 
+FITS_PER_GPU = 4
+"""Parts in which a GPU fits the adapters of a step: few, for what is counted in together is few
+kernels; several, for fits should end beside the backward pass."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Adapters that step together, on their device; `blocks` are sites that travel together."""
+    """Adapters that step together, on their device.
+
+    Attributes:
+        adapters: by site.
+        blocks: sites that travel together.
+        gathers: whether data is counted in when that of all sites has been sent, or block by block.
+        worker, transfer: who fits, and how data gets there.
+    """
 
     adapters: dict[SiteName, SiteAdapter]
     blocks: Sequence[Sequence[SiteName]]
+    gathers: bool
     worker: Worker
     transfer: Transfer
 
@@ -80,7 +93,7 @@ class OffloadPlan:
             transfer = Transfer(base, base)
             owned = {site: adapter.to(base, dtype) for site, adapter in adapters.items()}
             inline = InlineWorker(base)
-            return [Group(adapters=owned, blocks=blocks, worker=inline, transfer=transfer)]
+            return [_group(owned, blocks, inline, transfer)]
         places = [
             (worker, transfer)
             for device in self.devices
@@ -90,13 +103,13 @@ class OffloadPlan:
         costs = [sum(num_parameters(adapters[site]) for site in block) for block in blocks]
         groups = []
         for (worker, transfer), own in zip(places, _spread(costs, len(places)), strict=True):
-            for run in _joined([(blocks[index], costs[index]) for index in own]):
-                owned = {
-                    site: adapters[site].to(transfer.target, dtype)
-                    for block in run
-                    for site in block
-                }
-                groups.append(Group(adapters=owned, blocks=run, worker=worker, transfer=transfer))
+            runs = _joined([(blocks[index], costs[index]) for index in own])
+            if transfer.target.type == "cuda":
+                runs = _parts([blocks[index] for index in own], FITS_PER_GPU)
+            for run in runs:
+                sites = itertools.chain(*run)
+                owned = {site: adapters[site].to(transfer.target, dtype) for site in sites}
+                groups.append(_group(owned, run, worker, transfer))
         return groups
 
     def _workers(self, device: torch.device) -> list[Worker]:
@@ -153,6 +166,16 @@ def _gpus(names: Sequence[str] | None, base: torch.device) -> tuple[torch.device
     return devices
 
 
+def _group(
+    adapters: dict[SiteName, SiteAdapter],
+    blocks: Sequence[Sequence[SiteName]],
+    worker: Worker,
+    transfer: Transfer,
+) -> Group:
+    on_gpu = transfer.crosses and transfer.target.type == "cuda"
+    return Group(adapters=adapters, blocks=blocks, gathers=on_gpu, worker=worker, transfer=transfer)
+
+
 def _blocks(sites: Sequence[SiteName]) -> list[list[SiteName]]:
     """Neighbouring sites of one parent module; sites of the root stand alone."""
     named = ((site.rpartition(".")[0] or site, site) for site in sites)
@@ -173,6 +196,12 @@ def _spread(costs: Sequence[int], num_places: int) -> list[list[int]]:
         loads[place] += costs[index]
         places[place].insert(0, index)
     return places
+
+
+def _parts(blocks: Sequence[list[SiteName]], num: int) -> list[list[list[SiteName]]]:
+    """At most `num` runs of neighbouring blocks."""
+    size = -(-len(blocks) // num) or 1
+    return [list(blocks[start : start + size]) for start in range(0, len(blocks), size)]
 
 
 def _joined(blocks: Sequence[tuple[list[SiteName], int]]) -> list[list[list[SiteName]]]:

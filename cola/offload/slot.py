@@ -9,7 +9,14 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from cola.errors import ColaError, OffloadError
-from cola.offload.deliveries import Call, Former, send_factors, send_gradient
+from cola.offload.deliveries import (
+    Call,
+    Factors,
+    Former,
+    Gradient,
+    send_factors,
+    send_gradient,
+)
 from cola.offload.fit import Fit, Fitter
 from cola.offload.transfer import Transfer
 from cola.offload.worker import Worker
@@ -32,13 +39,15 @@ class Berth:
         fitter: owns the adapters.
         worker: runs everything that touches them.
         transfer: between the base device and the worker's.
-        blocks: the fitter's sites, by whose data travels and is counted in together.
+        blocks: the fitter's sites, by whose data travels together.
+        gathers: whether data is counted in when that of all sites has been sent, or block by block.
     """
 
     fitter: Fitter
     worker: Worker
     transfer: Transfer
     blocks: Sequence[Sequence[SiteName]]
+    gathers: bool = False
 
 
 @dataclass
@@ -48,7 +57,15 @@ class _Block:
     open: set[SiteName]
     num_sites: int
     calls: list[tuple[Call, Former | None]] = field(default_factory=list)
-    pending: "list[Future[None]]" = field(default_factory=list)  # handed over since the last fit
+
+
+@dataclass
+class _Sent:
+    """What was sent and has not been handed to the worker."""
+
+    sites: list[SiteName] = field(default_factory=list)
+    factors: list[Factors] = field(default_factory=list)
+    gradients: list[Gradient] = field(default_factory=list)
 
 
 class Slot:
@@ -74,6 +91,9 @@ class Slot:
         self._worker = berth.worker
         self._publish = publish
         self._overlaps, self._staleness = overlaps, staleness
+        self._gathers = berth.gathers
+        self._sent = _Sent()
+        self._pending: list[tuple[set[SiteName], Future[None]]] = []  # since the last fit
         blocks = [_Block(set(sites), len(sites)) for sites in berth.blocks]
         self._blocks = {
             site: block for sites, block in zip(berth.blocks, blocks, strict=True) for site in sites
@@ -99,32 +119,36 @@ class Slot:
         Waits while `MAX_PENDING` earlier batches are still under way, so that memory stays bounded
         when fits are slower than the base model.
         """
-        block = self._blocks[call.spec.name]
-        if len(block.pending) >= MAX_PENDING:
-            block.pending[-MAX_PENDING].result()
+        site = call.spec.name
+        under_way = [future for sites, future in self._pending if site in sites]
+        if len(under_way) >= MAX_PENDING:
+            under_way[-MAX_PENDING].result()
+        block = self._blocks[site]
         block.calls.append((call, former))
         # What is fitted on the base device is there already, and need not wait for others.
         if not self._overlaps or len(block.calls) >= block.num_sites:
-            self._hand_over(block)
+            self._send(block)
 
     def close(self, site: SiteName) -> None:
         """The site's data of this step is complete."""
         block = self._blocks[site]
         block.open.discard(site)
         if not block.open:
-            self._hand_over(block)
+            self._send(block)
+        if self.is_complete:
+            self._hand_over()
 
     def flush(self) -> None:
         """Lets everything leave, complete or not."""
         for block in self._all:
-            self._hand_over(block)
+            self._send(block)
+        self._hand_over()
 
     def fit(self, fit: Fit, clip_factor: float | Tensor) -> None:
         """Starts a fit of all data that was handed over since the last one."""
-        arrived = [future for block in self._all for future in block.pending]
+        arrived = [future for _, future in self._pending]
         previous = self._published[self.version]
-        for block in self._all:
-            block.pending = []
+        self._pending = []
 
         def run() -> Round:
             # Earlier tasks of this slot ran on the same worker: these calls never wait, they raise
@@ -160,37 +184,44 @@ class Slot:
     def await_data(self) -> None:
         """Returns when all data is counted in and no fit is under way; raises what went wrong."""
         self.flush()
-        for block in self._all:
-            for future in block.pending:
-                future.result()
+        for _, future in self._pending:
+            future.result()
         self.published(self.version)
 
-    def _hand_over(self, block: _Block) -> None:
-        """Sends what a block has collected, and lets the worker count it in when it arrives."""
+    def _send(self, block: _Block) -> None:
+        """Sends what a block has collected."""
         if not block.calls:
             return
         calls, block.calls = block.calls, []
         sites = [call.spec.name for call, _ in calls]
         with _named(sites):
-            factors = send_factors(
-                [call for call, former in calls if former is None], self.transfer
-            )
-            gradients = [
+            plain = [call for call, former in calls if former is None]
+            self._sent.factors += send_factors(plain, self.transfer)
+            self._sent.gradients += [
                 send_gradient(call, former, self.transfer)
                 for call, former in calls
                 if former is not None
             ]
+        self._sent.sites += sites
+        if not self._gathers:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Lets the worker count in what was sent, when it arrives."""
+        sent, self._sent = self._sent, _Sent()
+        if not sent.sites:
+            return
 
         def run() -> None:
-            with _named(sites):
-                self.fitter.accumulate([one.receive() for one in factors])
-                for gradient in gradients:
+            with _named(sent.sites):
+                self.fitter.accumulate([one.receive() for one in sent.factors])
+                for gradient in sent.gradients:
                     gradient.receive()
-            factors.clear()  # the task outlives its data
-            gradients.clear()
+            sent.factors.clear()  # the task outlives its data
+            sent.gradients.clear()
 
         if self._overlaps:
-            block.pending.append(self._worker.submit(run))
+            self._pending.append((set(sent.sites), self._worker.submit(run)))
         else:
             run()
 
