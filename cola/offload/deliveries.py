@@ -69,6 +69,8 @@ class Gradient(NamedTuple):
 
 def send_factors(calls: list[Call], transfer: Transfer) -> list[Factors]:
     """Sends the hidden gradients of several calls together."""
+    if not calls:
+        return []
     cargo = [
         transfer.rows_of(call.hidden_gradient, call.spec, call.hidden_gradient.dtype, call.kept)
         for call in calls
