@@ -59,7 +59,11 @@ def delay_handovers(monkeypatch: pytest.MonkeyPatch, generator: random.Random) -
 @pytest.mark.parametrize(("net", "num_workers"), [(tiny.TinyNet, 3), (tiny.CheckpointedNet, 2)])
 @pytest.mark.parametrize("interval", [1, 2, 3])
 @pytest.mark.parametrize("mode", [MergeMode.unmerged, MergeMode.merged], ids=lambda m: m.name)
-@pytest.mark.parametrize("wire", [Transfer, LaggingTransfer], ids=["at once", "late"])
+@pytest.mark.parametrize(
+    "wire",
+    [pytest.param(Transfer, id="at once", marks=pytest.mark.slow),
+     pytest.param(LaggingTransfer, id="late")],
+)  # fmt: skip
 def test_weights_equal_autograd_whatever_the_delays(
     monkeypatch: pytest.MonkeyPatch,
     wire: type[Transfer],

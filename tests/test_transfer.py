@@ -61,8 +61,17 @@ def oracle_of(base: nn.Module, kind: AdapterKind) -> AutogradLearner:
 
 
 @pytest.mark.parametrize("payload", list(Payload), ids=lambda payload: payload.name)
-@pytest.mark.parametrize("interval", [1, 2])
-@pytest.mark.parametrize("net", [tiny.TinyNet, tiny.CheckpointedNet, tiny.TinyConv])
+@pytest.mark.parametrize(
+    ("net", "interval"),
+    [
+        (tiny.TinyNet, 2),
+        (tiny.CheckpointedNet, 1),
+        (tiny.TinyConv, 1),
+        pytest.param(tiny.TinyNet, 1, marks=pytest.mark.slow),
+        pytest.param(tiny.CheckpointedNet, 2, marks=pytest.mark.slow),
+        pytest.param(tiny.TinyConv, 2, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize(
     ("kind", "mode"),
     [(LOWRANK, MergeMode.unmerged), (LOWRANK, MergeMode.merged), (LINEAR, MergeMode.unmerged),
