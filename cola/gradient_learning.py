@@ -47,9 +47,14 @@ def surrogate_gradients(adapter: Adapter, data: AdaptationData, scale: float) ->
         Gradient by parameter name, shapes of the parameters, in the dtype of the data.
     """
     dtype = data.hidden_input.dtype
-    used = {n: p.detach().to(dtype).requires_grad_() for n, p in adapter.named_parameters()}
+    own = dict(adapter.named_parameters())
+    is_usable = all(p.requires_grad and p.dtype is dtype for p in own.values())
+    used: dict[str, Tensor] = dict(own)
+    if not is_usable:
+        used = {n: p.detach().to(dtype).requires_grad_() for n, p in own.items()}
     with torch.enable_grad():
-        output = functional_call(adapter, used, (data.hidden_input,))
+        x = data.hidden_input
+        output = adapter(x) if is_usable else functional_call(adapter, used, (x,))
         loss = surrogate_loss(scale * output, data.hidden_gradient)
     return dict(zip(used, torch.autograd.grad(loss, list(used.values())), strict=True))
 

@@ -61,6 +61,10 @@ def add_rounded(
     right = update.right
     if right is not None:
         right = right.to(device, dtype, non_blocking=True)
+    if out.dtype is dtype and out.is_contiguous():  # nothing to round, and no block is needed
+        out.copy_(weight, non_blocking=True)
+        _add_to(out.view(len(out), -1), update.left.to(device, dtype), right, scale)
+        return
     width = weight[:1].numel()
     blocks = _blocks(len(weight), width * dtype.itemsize, device, update)
     block = torch.empty(blocks[0].stop, width, dtype=dtype, device=device)
@@ -69,13 +73,17 @@ def add_rounded(
         left = update.left[rows].to(device, dtype, non_blocking=True)
         total = block[: len(left)]
         total.view(target.shape).copy_(pristine)
-        if right is None:
-            total.add_(left, alpha=scale)
-        else:
-            total.addmm_(left, right, alpha=scale)
+        _add_to(total, left, right, scale)
         if is_stochastic:
             total = round_stochastically(total)
         target.copy_(total.view(target.shape))
+
+
+def _add_to(total: Tensor, left: Tensor, right: Tensor | None, scale: float) -> None:
+    if right is None:
+        total.add_(left, alpha=scale)
+    else:
+        total.addmm_(left, right, alpha=scale)
 
 
 def _blocks(num_rows: int, row_bytes: int, device: torch.device, update: Update) -> list[slice]:

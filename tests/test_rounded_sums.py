@@ -29,12 +29,19 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch, rows: int, dtype: torch.dtype)
 
 @pytest.mark.parametrize("form", ["whole", "factors"])
 @pytest.mark.parametrize("rows", [1, 7, 50, 1000])
-def test_blocks_cover_every_row_once(monkeypatch: pytest.MonkeyPatch, rows: int, form: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["in blocks", "at once"])
+def test_every_row_is_summed_once(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rows: int, form: str
+) -> None:
+    """Updates are float64: a float32 weight has something to round, a float64 one has not."""
     weight, updates = weight_and_updates(torch.float64)
     small_blocks(monkeypatch, rows, torch.float64)
-    out = torch.full_like(weight, torch.nan)
-    add_rounded(weight, updates[form], out, scale=0.7)
-    torch.testing.assert_close(out, weight + 0.7 * updates["whole"].left, rtol=EXACT, atol=EXACT)
+    pristine = weight.to(dtype)
+    out = torch.full_like(pristine, torch.nan)
+    add_rounded(pristine, updates[form], out, scale=0.7)
+    wanted = (pristine.double() + 0.7 * updates["whole"].left).to(dtype)
+    tolerance = EXACT if dtype is torch.float64 else 1.2e-7  # one unit in the last place
+    torch.testing.assert_close(out, wanted, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("shape", [(ROWS, 8, 1, 5), (ROWS, 40)], ids=str)
@@ -86,8 +93,8 @@ def test_no_temporary_is_larger_than_a_block(
 
 
 def test_a_block_is_no_smaller_than_the_factor_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, updates = weight_and_updates(torch.float32)
-    small_blocks(monkeypatch, 1, torch.float32)
+    weight, updates = weight_and_updates(torch.bfloat16)
+    small_blocks(monkeypatch, 1, torch.bfloat16)
     out = torch.empty_like(weight)
     with LargestResult() as largest:
         add_rounded(weight, updates["factors"], out, scale=0.7)

@@ -38,6 +38,15 @@ class Call:
     kept: KeptRows | None
     rows: UserRows | None
 
+    def receive(self) -> tuple[SiteName, AdaptationData]:
+        """Both factors, where they are."""
+        dtype = self.hidden_gradient.dtype
+        return self.spec.name, AdaptationData(
+            hidden_input=self.hidden_input(),
+            hidden_gradient=pick_rows(self.hidden_gradient, self.spec, dtype, self.kept),
+            rows=self.rows,
+        )
+
 
 class Factors(NamedTuple):
     """Both factors of a gradient, on their way."""
@@ -83,11 +92,7 @@ def send_factors(calls: list[Call], transfer: Transfer) -> list[Factors]:
 
 def send_gradient(call: Call, former: Former, transfer: Transfer) -> Gradient:
     """Forms what both factors make of the adapter's gradient, and sends that."""
-    dtype = call.hidden_gradient.dtype
-    data = AdaptationData(
-        hidden_input=call.hidden_input(),
-        hidden_gradient=pick_rows(call.hidden_gradient, call.spec, dtype, call.kept),
-    )
+    _, data = call.receive()
     gradients = former.form(data)
     cargo = [transfer.as_it_is(part) for part in gradients.values()]
     return Gradient(dict(zip(gradients, transfer.ship(cargo), strict=True)), former.add)

@@ -24,7 +24,7 @@ from cola.gradient_learning import (
     stacked_lowrank_gradients,
 )
 from cola.meters import count_bytes
-from cola.offload.buffers import Buffers
+from cola.offload.buffers import MIN_BYTES, Buffers
 from cola.offload.fit import Fit
 from cola.optimizers import build_optimizer, optimizer_step
 from cola.runtime import product_dtype
@@ -225,11 +225,12 @@ class AdapterFitter:
             if parameter.grad is not None:
                 parameter.grad.add_(gradients[name])
                 continue
-            if self._stacks and gradients[name].dtype is self._dtype:
-                parameter.grad = gradients[name].contiguous()
+            gradient = gradients[name]
+            if gradient.dtype is self._dtype and (self._stacks or gradient.nbytes < MIN_BYTES):
+                parameter.grad = gradient.contiguous()  # nobody else has it
                 continue
             parameter.grad = self._gradient_memory(parameter)
-            fresh.append((parameter.grad, gradients[name]))
+            fresh.append((parameter.grad, gradient))
         if fresh:
             torch._foreach_copy_([own for own, _ in fresh], [found for _, found in fresh])
 

@@ -92,7 +92,7 @@ class Fleet:
     ) -> Parcel:
         """Sends a hidden input, unless another site sent the same one."""
         spec = self._specs[site]
-        if self._payloads[site] is Payload.gradient:
+        if not self.overlaps or self._payloads[site] is Payload.gradient:
             rows = pick_rows(hidden_input, spec, dtype, kept)
             return lambda: rows
         return self._slot_of[site].transfer.send_once(hidden_input, spec, dtype, kept)

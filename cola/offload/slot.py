@@ -120,13 +120,16 @@ class Slot:
         when fits are slower than the base model.
         """
         site = call.spec.name
+        if not self._overlaps:  # here already: no wire and no queue
+            with _named([site]):
+                self.fitter.accumulate([call.receive()])
+            return
         under_way = [future for sites, future in self._pending if site in sites]
         if len(under_way) >= MAX_PENDING:
             under_way[-MAX_PENDING].result()
         block = self._blocks[site]
         block.calls.append((call, former))
-        # What is fitted on the base device is there already, and need not wait for others.
-        if not self._overlaps or len(block.calls) >= block.num_sites:
+        if len(block.calls) >= block.num_sites:
             self._send(block)
 
     def close(self, site: SiteName) -> None:
@@ -220,10 +223,7 @@ class Slot:
             sent.factors.clear()  # the task outlives its data
             sent.gradients.clear()
 
-        if self._overlaps:
-            self._pending.append((set(sent.sites), self._worker.submit(run)))
-        else:
-            run()
+        self._pending.append((set(sent.sites), self._worker.submit(run)))
 
 
 @contextmanager
