@@ -97,7 +97,8 @@ class AdapterFitter:
         for site, data in batch:
             adapter = self.adapters[site]
             data = data.to(product_dtype(data.hidden_input, self._dtype))
-            if isinstance(adapter, LowRankAdapter) and adapter.spec.kind is not SiteKind.conv2d:
+            is_matrix = adapter.spec.kind is not SiteKind.conv2d
+            if len(batch) > 1 and is_matrix and isinstance(adapter, LowRankAdapter):
                 key = id(data.hidden_input)  # sites with one input come with one tensor
                 together.setdefault(key, []).append(_Call(site, adapter, data))
             elif isinstance(adapter, LinearAdapter) and _is_matrix_on_host(adapter, data):
