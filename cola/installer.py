@@ -78,7 +78,12 @@ class Installer:
             self.require(site)
 
     def forget(self) -> None:
-        """Makes the next forward pass fetch everything afresh."""
+        """Makes the next forward pass fetch everything afresh.
+
+        What is still coming, for a site that did not run, has come before the base device goes on.
+        """
+        if self._stream is not None:
+            self._base.wait_stream(self._stream)
         self._installed.clear()
         self._arrivals.clear()
 

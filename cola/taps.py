@@ -212,6 +212,7 @@ class Taps:
         """Takes the hooks off and leaves the base model as it was found."""
         for handle in self._handles:
             handle.remove()
+        self._installer.forget()
         self._installer.placement.remove()
 
     def _begin_backward(self) -> None:

@@ -124,13 +124,14 @@ class AdapterFitter:
         if not self._stacks:
             return [[calls] for calls in inputs]
         alike: dict[tuple[torch.Size, ...], list[list[_Call]]] = {}
+        single = []
         for calls in inputs:
-            shapes = [tensor.shape for call in calls for tensor in call.tensors]
-            # Adapters of one input that differ among themselves cannot be stacked either.
-            is_uniform = len({tuple(t.shape for t in call.tensors) for call in calls}) == 1
-            key = tuple(shapes) if is_uniform else (torch.Size([len(alike)]), torch.Size())
-            alike.setdefault(key, []).append(calls)
-        return alike.values()
+            shapes = [tuple(tensor.shape for tensor in call.tensors) for call in calls]
+            if len(set(shapes)) == 1:
+                alike.setdefault((*shapes[0], torch.Size([len(calls)])), []).append(calls)
+            else:  # adapters of one input that differ among themselves
+                single.append([calls])
+        return [*alike.values(), *single]
 
     def add_gradients(self, site: SiteName, gradients: Mapping[str, Tensor]) -> None:
         """Adds a batch's gradient that was formed elsewhere."""
