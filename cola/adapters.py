@@ -139,9 +139,10 @@ class MLPAdapter(nn.Module):
         if self.spec.kind is SiteKind.conv2d:
             rows, columns = self.spec.stride
             x = x[:, :, ::rows, ::columns].movedim(1, -1)
-        for layer in self.layers[:-1]:
+        *hidden, last = self.layers  # a slice would build a module in every call
+        for layer in hidden:
             x = functional.relu(layer(x))
-        x = self.layers[-1](x)
+        x = last(x)
         return x.movedim(-1, 1) if self.spec.kind is SiteKind.conv2d else x
 
 

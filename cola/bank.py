@@ -37,6 +37,7 @@ class Bank:
         dtype: torch.dtype,
         detached: bool = False,
         copies: bool = True,
+        stays_in_place: bool = False,
     ) -> None:
         """Takes the structure of each adapter; parameters are those that get installed.
 
@@ -48,6 +49,7 @@ class Bank:
             detached: stop gradients at the adapters' outputs.
             copies: publish snapshots; False shares the fitted tensors, which is safe only when no
                 fit runs beside the base model.
+            stays_in_place: parameters in effect keep their memory, as captured graphs need it.
         """
         self._adapters = {site: skeleton(adapter) for site, adapter in adapters.items()}
         self._installed: dict[SiteName, Mapping[str, Tensor]] = {}
@@ -56,7 +58,9 @@ class Bank:
         self._outgoing: dict[SiteName, deque[dict[str, Tensor]]] = {}
         self._scale = scale
         self._device, self._dtype = device, dtype
-        self._detached, self._copies = detached, copies
+        self._detached = detached
+        self._copies = copies or stays_in_place
+        self._stays_in_place = stays_in_place
 
     def adapter(self, site: SiteName) -> SiteAdapter:
         """The adapter with the parameters in effect, in the base model's dtype."""
@@ -90,7 +94,8 @@ class Bank:
         self._installed.update(news)
         coming = {}
         for site, own in news.items():
-            if all(tensor.device == self._device for tensor in own.values()):
+            is_here = all(tensor.device == self._device for tensor in own.values())
+            if is_here and not self._stays_in_place:
                 install_parameters(self._adapters[site], own)
                 continue
             if site not in self._own:

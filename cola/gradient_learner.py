@@ -6,7 +6,7 @@ by site when the next forward pass reaches the site.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from cola.adapters import Adapter
 from cola.attendance import Attendance
+from cola.block_graphs import BlockGraphs
 from cola.interfaces import Adaptation, Measurements, Placement
 from cola.interval_loss import IntervalLoss
 from cola.merging import Merger
-from cola.meters import BusyTimer, add_held, count_bytes
+from cola.meters import GRAPHS, BusyTimer, add_held, count_bytes
 from cola.offload.fit import Fit
 from cola.offload.fleet import Fleet
 from cola.roster import Roster
@@ -43,6 +44,7 @@ class GradientLearner:
         other_placement: Callable[[], Placement],
         evaluates_elsewhere: bool,
         row_dropping: RowDropping,
+        graphs: BlockGraphs | None = None,
         staleness: int = 0,
         attendance: Attendance | None = None,
     ) -> None:
@@ -57,6 +59,7 @@ class GradientLearner:
             other_placement: makes the other one: inside the weights if training has them beside.
             evaluates_elsewhere: evaluation uses the other one unless it is asked otherwise.
             row_dropping: which rows of padding stay behind.
+            graphs: replay blocks of the base model.
             staleness: adaptations that the base model lags behind.
             attendance: of users who have adapters of their own.
         """
@@ -69,6 +72,7 @@ class GradientLearner:
         self._other: Placement | None = None
         self._evaluates_elsewhere = evaluates_elsewhere
         self._row_dropping = row_dropping
+        self._graphs = graphs
         self._staleness = staleness
         self._attendance = attendance
         self._roster: Roster | None = None if attendance is None else attendance.roster
@@ -102,7 +106,12 @@ class GradientLearner:
             check=self._row_dropping.check,
         )
         version = max(self._settled, self._version - self._staleness)
-        with self._timer.measure(), self._taps.recording(version, rows) as backward:
+        following = closing.number if closing is not None and not self._staleness else None
+        with (
+            self._replaying(batch),
+            self._timer.measure(),
+            self._taps.recording(version, rows, following) as backward,
+        ):
             logits = self._base_model(**batch.inputs).logits
             weighted, loss = self._loss(logits, batch)
             backward()
@@ -184,6 +193,8 @@ class GradientLearner:
         held = self._fleet.held_bytes()
         tensors = [*self._base_model.parameters(), *self._base_model.buffers()]
         add_held(held, self._device, "base_model", count_bytes(tensors))
+        if self._graphs is not None:
+            add_held(held, self._device, GRAPHS, self._graphs.held_bytes)
         extra = {}
         if isinstance(self._placement, Merger):
             for home, num in self._placement.pristine_bytes.items():
@@ -204,9 +215,14 @@ class GradientLearner:
         )
 
     def close(self) -> None:
-        """Takes the taps off and ends the workers."""
+        """Takes graphs and taps off and ends the workers."""
+        if self._graphs is not None:
+            self._graphs.remove()
         self._taps.remove()
         self._fleet.stop()
+
+    def _replaying(self, batch: Batch) -> AbstractContextManager[None]:
+        return nullcontext() if self._graphs is None else self._graphs.step(batch.inputs)
 
     def _fit(self, closing: Adaptation) -> Fit:
         return Fit(

@@ -55,8 +55,9 @@ def surrogate_gradients(adapter: Adapter, data: AdaptationData, scale: float) ->
     with torch.enable_grad():
         x = data.hidden_input
         output = adapter(x) if is_usable else functional_call(adapter, used, (x,))
-        loss = surrogate_loss(scale * output, data.hidden_gradient)
-    return dict(zip(used, torch.autograd.grad(loss, list(used.values())), strict=True))
+    # The gradient of the surrogate loss by the output is the hidden gradient, times the scale.
+    gradient = _scaled(data.hidden_gradient, scale)
+    return dict(zip(used, torch.autograd.grad(output, list(used.values()), gradient), strict=True))
 
 
 def linear_gradients(

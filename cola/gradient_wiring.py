@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from cola.adapters import Adapter, install_parameters, skeleton
 from cola.attendance import Attendance
 from cola.bank import Bank
+from cola.block_capture import Capturer
+from cola.block_graphs import BlockGraphs
 from cola.config.choices import (
     EvaluationMerge,
     MergeMode,
@@ -21,6 +23,8 @@ from cola.config.choices import (
     UserGradient,
 )
 from cola.config.schema import ExperimentConfig, OptimizerConfig
+from cola.cuda_capture import CudaCapturer
+from cola.errors import ConfigError
 from cola.gradient_learner import GradientLearner
 from cola.gradient_learning import adapter_gradients
 from cola.interfaces import Placement
@@ -56,6 +60,7 @@ class GradientLearning:
         pristine, rounding: of merged weights.
         evaluates_merged: None evaluates as training does.
         users: who have adapters of their own; None: one set of adapters has no owner.
+        capturer: makes graphs of the base model's blocks, which are then replayed; None: none are.
     """
 
     objective: Objective
@@ -68,6 +73,7 @@ class GradientLearning:
     rounding: Rounding = Rounding.nearest
     evaluates_merged: bool | None = None
     users: UserLearning | None = None
+    capturer: Capturer | None = None
 
 
 def build_gradient_learner(
@@ -130,6 +136,9 @@ def build_gradient_learner(
         other_placement=partial(place, merged=not trains_merged, copies=True),
         evaluates_elsewhere=settings.evaluates_merged not in (None, trains_merged),
         row_dropping=RowDropping(sites, weight.device, enabled=plan.drops_padding),
+        graphs=None
+        if settings.capturer is None
+        else BlockGraphs(base_model, taps, settings.capturer),
         staleness=plan.staleness,
         attendance=attendance,
     )
@@ -235,7 +244,20 @@ def resolve_settings(config: ExperimentConfig, objective: Objective) -> Gradient
             num_rows=config.trainer.batch_size * config.task.max_length,
         ),
         evaluates_merged=evaluates_merged,
+        capturer=_capturer(config),
     )
+
+
+def _capturer(config: ExperimentConfig) -> Capturer | None:
+    if not config.model.cuda_graphs:
+        return None
+    device = resolve_device(config.device)
+    if device.type != "cuda":
+        raise ConfigError(
+            f"model.cuda_graphs=true with device={device}: graphs are captured on a GPU; use "
+            "device=cuda:0, or leave it out"
+        )
+    return CudaCapturer(device)
 
 
 def _placement(
@@ -265,6 +287,7 @@ def _placement(
         dtype=weight.dtype,
         detached=settings.mode is MergeMode.detached,
         copies=copies,
+        stays_in_place=settings.capturer is not None,
     )
 
 

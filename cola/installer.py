@@ -3,12 +3,16 @@
 The base model waits for a site's parameters only on reaching it. On a GPU they come on a stream of
 their own, and those of the next sites are fetched ahead while the present one computes, so that the
 way back is hidden, too. The host waits for a fit that has not ended; the device waits for a copy.
+
+Where it is known that the backward pass is done with a site (`release`), its next parameters need
+not wait for the next forward pass.
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from cola.interfaces import ParameterSource, Placement
 from cola.sites import SiteName
@@ -50,11 +54,19 @@ class Installer:
         self._arrivals: dict[SiteName, torch.cuda.Event] = {}  # of sites that have not run since
         self._last_arrival: torch.cuda.Event | None = None
         self._num_bytes: dict[SiteName, int] = {}  # of what came last
+        self._following: int | None = None
+        self._released: list[SiteName] = []  # not installed yet
 
-    def begin(self, version: int) -> None:
-        """A new forward pass; everything that used older parameters has been issued."""
-        self._version = version
+    def begin(self, version: int, following: int | None = None) -> None:
+        """A new forward pass; everything that used older parameters has been issued.
+
+        Args:
+            version: to install.
+            following: the version of the next pass, if this one's data is all that it waits for.
+        """
+        self._version, self._following = version, following
         self._ahead = 0
+        self._released = []
         if self._stream is not None:
             self._base = torch.cuda.current_stream(self._device)
             self._stream.wait_stream(self._base)
@@ -62,7 +74,7 @@ class Installer:
     def require(self, site: SiteName) -> None:
         """The site runs next: its parameters are in effect when this returns."""
         if self._installed.get(site) != self._version:
-            self._fetch([site])
+            self._fetch([site], self._version)
         if self._stream is None:
             return
         arrival = self._arrivals.pop(site, None)
@@ -70,6 +82,19 @@ class Installer:
             self._base.wait_event(arrival)
             self._last_arrival = arrival  # of all sites that came together
         self._fetch_ahead()
+
+    def release(self, sites: Iterable[SiteName]) -> None:
+        """Nothing of this pass that is issued from here on uses the parameters of these sites."""
+        version = self._following
+        if version is None:
+            return
+        self._released.extend(sites)
+        ready = [site for site in self._released if self._source.is_ready(site, version)]
+        if ready:
+            if self._stream is not None:
+                self._stream.wait_stream(self._base)
+            self._fetch(ready, version)
+            self._released = [site for site in self._released if site not in ready]
 
     def install_all(self, version: int) -> None:
         """Brings every site to one version; the source must have drained."""
@@ -102,19 +127,16 @@ class Installer:
                 num_bytes += self._num_bytes.get(site, 0)
             self._ahead += 1
         if coming:
-            self._fetch(coming)
+            self._fetch(coming, self._version)
 
-    def _fetch(self, sites: Sequence[SiteName]) -> None:
-        start = time.perf_counter()
-        published = {site: self._source.wait(site, self._version) for site in sites}
-        self.stall_seconds += time.perf_counter() - start
+    def _fetch(self, sites: Sequence[SiteName], version: int) -> None:
         if self._stream is None:
-            self.placement.install_all(published)
+            published = self._install(sites, version)
         else:
             # Set by hand: `torch.cuda.stream` costs several times as much.
             torch.cuda.set_stream(self._stream)
             try:
-                self.placement.install_all(published)
+                published = self._install(sites, version)
             finally:
                 torch.cuda.set_stream(self._base)
             arrival = self._stream.record_event()
@@ -122,4 +144,14 @@ class Installer:
         for site, own in published.items():
             self._num_bytes[site] = sum(tensor.nbytes for tensor in own.values())
             self.installed_bytes += self._num_bytes[site]
-        self._installed.update(dict.fromkeys(sites, self._version))
+        self._installed.update(dict.fromkeys(sites, version))
+
+    def _install(
+        self, sites: Sequence[SiteName], version: int
+    ) -> dict[SiteName, Mapping[str, Tensor]]:
+        """Waits for fits; what they publish is written on the present stream."""
+        start = time.perf_counter()
+        published = {site: self._source.wait(site, version) for site in sites}
+        self.stall_seconds += time.perf_counter() - start
+        self.placement.install_all(published)
+        return published

@@ -69,11 +69,31 @@ def add_held(held: dict[str, dict[str, int]], device: torch.device, owner: str, 
     account[owner] = account.get(owner, 0) + num
 
 
+GRAPHS = "graphs"
+"""Owner of memory that captured graphs use while the allocator counts it as free."""
+
+_kept_peaks: dict[torch.device, int] = {}  # reached before the allocator was told to start anew
+
+
 def reset_peaks(devices: Iterable[torch.device]) -> None:
     """Forgets peaks reached before, so that training is metered apart."""
     for device in devices:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+            _kept_peaks.pop(device, None)
+
+
+def keep_peak(device: torch.device, graphs: int) -> None:
+    """Remembers a GPU's peak, graphs included; what is allocated is metered anew from here."""
+    peak = torch.cuda.max_memory_allocated(device) + graphs
+    _kept_peaks[device] = max(_kept_peaks.get(device, 0), peak)
+    torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_allocated(device: torch.device, held: Mapping[str, Mapping[str, int]]) -> int:
+    """Bytes allocated on a GPU at its peak, memory of captured graphs included."""
+    now = torch.cuda.max_memory_allocated(device) + held.get(str(device), {}).get(GRAPHS, 0)
+    return max(now, _kept_peaks.get(device, 0))
 
 
 def peak_mib(held: Mapping[str, Mapping[str, int]]) -> dict[str, float]:
@@ -81,7 +101,7 @@ def peak_mib(held: Mapping[str, Mapping[str, int]]) -> dict[str, float]:
     peaks = {}
     for name, owners in held.items():
         if torch.device(name).type == "cuda":
-            peaks[name] = torch.cuda.max_memory_allocated(name) / MIB
+            peaks[name] = peak_allocated(torch.device(name), held) / MIB
         else:
             peaks[name] = sum(owners.values()) / MIB
     return peaks

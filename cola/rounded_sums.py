@@ -65,6 +65,12 @@ def add_rounded(
         out.copy_(weight, non_blocking=True)
         _add_to(out.view(len(out), -1), update.left.to(device, dtype), right, scale)
         return
+    is_here = (
+        weight.device == device and device.type == "cuda"
+    )  # whose kernels mix dtypes at no cost
+    if is_here and not is_stochastic and right is None:
+        torch.add(weight, update.left.view_as(weight), alpha=scale, out=out)
+        return
     width = weight[:1].numel()
     blocks = _blocks(len(weight), width * dtype.itemsize, device, update)
     block = torch.empty(blocks[0].stop, width, dtype=dtype, device=device)
@@ -72,6 +78,10 @@ def add_rounded(
         pristine, target = weight[rows].to(device, non_blocking=True), out[rows]
         left = update.left[rows].to(device, dtype, non_blocking=True)
         total = block[: len(left)]
+        if is_here and not is_stochastic and right is not None:
+            torch.mm(left, right, out=total)
+            torch.add(pristine, total.view(target.shape), alpha=scale, out=target)
+            continue
         total.view(target.shape).copy_(pristine)
         _add_to(total, left, right, scale)
         if is_stochastic:

@@ -8,9 +8,12 @@ Two moments are easy to get wrong. The gradient of a site is known before that s
 with its weight: nothing may be installed until the whole backward pass is over. And non-reentrant
 gradient checkpointing runs forward hooks a second time, inside the backward pass: such a recompute
 neither installs nor counts nor sends.
+
+A captured graph runs no hooks (`cola.block_graphs`): what the taps noted on the tape while it was
+captured is replayed by `require`, `ran` and `arrived`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -20,15 +23,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cola.adaptation_data import Parcel
 from cola.errors import SiteError
 from cola.installer import Installer
 from cola.interfaces import AdaptationSink, ParameterSource, Placement
 from cola.kept_rows import KeptRows
+from cola.site_calls import (
+    Report,
+    SiteCall,
+    Tape,
+    Taped,
+    TapGradient,
+    Unchanged,
+    not_differentiated,
+    same_tensor,
+)
 from cola.sites import SiteName, SiteSpec
 from cola.user_rows import UserRows
-
-Report = Callable[..., None]
 
 
 def _look_away(site: SiteName, shape: torch.Size, hidden_gradient: Tensor) -> None:
@@ -56,81 +66,12 @@ class _Phase(Enum):
     backward = "backward"  # forward hooks that fire now are recomputes
 
 
-class _TapGradient(torch.autograd.Function):
-    """Identity whose backward reports the gradient, and the hidden input if it was kept for that.
-
-    x is saved through autograd, not held by a closure, so that gradient checkpointing can drop it
-    and recompute it, and changing it in place is noticed. `anchor` is a scalar that requires a
-    gradient: it makes the output part of the graph where the base model, being frozen, has none
-    yet; it never receives one.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, adapted_hidden: Tensor, kept: Tensor | None, anchor: Tensor, report: Report
-    ) -> Tensor:
-        if kept is not None:
-            ctx.save_for_backward(kept)
-        ctx.report = report
-        if not adapted_hidden._is_view():
-            # Returned as it is, without a copy, and still open to in-place operations downstream.
-            ctx.mark_dirty(adapted_hidden)
-        return adapted_hidden
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        (hidden_gradient,) = gradients
-        ctx.report(hidden_gradient, *ctx.saved_tensors)
-        return hidden_gradient, None, None, None
-
-
-def _not_differentiated(*gradients: Tensor) -> None:
-    raise AssertionError("the graph of a recompute was differentiated")
-
-
-def _same_tensor(tensor: Tensor) -> Tensor:
-    """The tensor that this one is a mere reshape of, rows kept; else itself."""
-    base = tensor._base
-    if base is None or base.numel() != tensor.numel() or base.shape[-1:] != tensor.shape[-1:]:
-        return tensor
-    return base if base.is_contiguous() and tensor.is_contiguous() else tensor
-
-
-class _Unchanged:
-    """Remembers the version of a tensor without keeping its memory."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._alias = tensor.detach()  # shares the count of in-place changes, and, until the
-        self._alias.data = tensor.new_empty(0)  # next line, the memory
-        self._version = self._alias._version
-
-    @property
-    def holds(self) -> bool:
-        """Whether nothing was written to the tensor since."""
-        return self._alias._version == self._version
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Call:
-    """One run of a site in a recorded forward pass.
+class Taps:
+    """Hooks on every site of a base model.
 
     Attributes:
-        site: which.
-        shape: of the hidden input.
-        kept: its rows that travel; None: all.
-        sent: the hidden input, if it has left.
-        unchanged: watches over it then.
+        anchor: a scalar that every tapped output hangs on in the graph; gets no gradient.
     """
-
-    site: SiteName
-    shape: torch.Size
-    kept: KeptRows | None
-    sent: Parcel | None = None
-    unchanged: _Unchanged | None = None
-
-
-class Taps:
-    """Hooks on every site of a base model."""
 
     def __init__(
         self,
@@ -148,8 +89,9 @@ class Taps:
         self._rows = StepRows()
         self._num_open: dict[SiteName, int] = {}
         self._has_checked_sites = False
+        self._tape: Tape | None = None
         device = next(base_model.parameters()).device
-        self._anchor = torch.zeros((), device=device, requires_grad=True)
+        self.anchor = torch.zeros((), device=device, requires_grad=True)
         self._installer = Installer(self._sites, placement, source, device)
         self._handles = []
         for site in self._sites:
@@ -169,8 +111,15 @@ class Taps:
         return self._installer.installed_bytes
 
     @contextmanager
-    def recording(self, version: int, rows: StepRows | None = None) -> Iterator[Callable[[], None]]:
+    def recording(
+        self, version: int, rows: StepRows | None = None, following: int | None = None
+    ) -> Iterator[Callable[[], None]]:
         """One training step, with the parameters of adaptation `version`.
+
+        Args:
+            version: to install.
+            rows: of the batch.
+            following: the version that this step's data makes, if the next step has that one.
 
         Yields a function to call between the forward and the backward pass.
 
@@ -179,12 +128,69 @@ class Taps:
         """
         self._rows = rows or StepRows()
         self._num_open = dict.fromkeys(self._sites, 0)
-        self._installer.begin(version)
+        self._installer.begin(version, following)
         self._phase = _Phase.forward
         try:
             yield self._begin_backward
         finally:
             self._phase = _Phase.idle
+
+    @property
+    def sites(self) -> list[SiteName]:
+        """All that are tapped."""
+        return list(self._sites)
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether this is the forward pass of a training step."""
+        return self._phase is _Phase.forward
+
+    @contextmanager
+    def taping(self) -> Iterator[Tape]:
+        """Runs of sites are noted, not sent: they are captured, and happen when replayed."""
+        self._tape = Tape(anchor=self.anchor.detach().requires_grad_())
+        try:
+            yield self._tape
+        finally:
+            self._tape = None
+
+    def takes_early(self, site: SiteName) -> bool:
+        """Whether a replayed site's hidden input leaves in the forward pass."""
+        return self._sink.takes_early(site)
+
+    def require(self, site: SiteName) -> None:
+        """A replayed site runs next: its parameters are in effect when this returns."""
+        self._installer.require(site)
+
+    def ran(self, site: SiteName, hidden_input: Tensor, dtype: torch.dtype) -> SiteCall:
+        """A replayed site has run on this hidden input, in this dtype."""
+        self._num_open[site] += 1
+        return self._begin_call(site, hidden_input, dtype, self._sink.takes_early(site))
+
+    def arrived(
+        self, call: SiteCall, hidden_gradient: Tensor, hidden_input: Tensor | None = None
+    ) -> None:
+        """The gradient of a call has come, with its input if that is still here."""
+        site, sent = call.site, call.sent
+        if call.unchanged is not None and not call.unchanged.holds:
+            raise SiteError(
+                f"the hidden input of site {site!r} was changed in place after the site ran, while "
+                "it was on its way to the offload device: leave the site out of model.sites, or "
+                "use offload=none"
+            )
+        self._rows.check(site, call.shape, hidden_gradient)
+        if sent is None:
+            assert hidden_input is not None
+            sent = self._sink.send_input(site, hidden_input, hidden_gradient.dtype, call.kept)
+        users = self._rows.users if call.kept is None else call.kept.rows
+        self._sink.put(site, sent, hidden_gradient, call.kept, users)
+        self._num_open[site] -= 1
+        if self._num_open[site] == 0:
+            self._sink.close(site)
+
+    def leave(self, sites: Iterable[SiteName]) -> None:
+        """The backward pass has left a replayed block with these sites."""
+        self._installer.release(site for site in set(sites) if self._num_open[site] == 0)
 
     def install_all(self, version: int) -> None:
         """Brings every site to one version; the source must have drained."""
@@ -239,32 +245,41 @@ class Taps:
     ) -> Tensor:
         hidden_input = args[0] if args else next(iter(kwargs.values()))
         adapted_hidden = self._installer.placement.adapt(site, hidden_input, hidden)
-        if self._phase is _Phase.idle:
+        if self._phase is _Phase.idle and self._tape is None:
             return adapted_hidden
-        leaves = self._sink.takes_early(site)
-        report: Report = _not_differentiated  # a recompute's own graph is thrown away
-        if self._phase is _Phase.forward:
+        leaves = self._tape is not None or self._sink.takes_early(site)
+        anchor = self.anchor
+        report: Report = not_differentiated  # a recompute's own graph is thrown away
+        if self._tape is not None:
+            taped = Taped(site=site, dtype=hidden.dtype)
+            self._tape.calls.append(taped)
+            self._tape.hidden_inputs.append(hidden_input)
+            anchor, report = self._tape.anchor, taped.note
+        elif self._phase is _Phase.forward:
             self._require_graph(site)
             self._num_open[site] += 1
-            report = partial(self._report, self._begin_call(site, hidden_input, hidden, leaves))
+            call = self._begin_call(site, hidden_input, hidden.dtype, leaves)
+            report = partial(self.arrived, call)
         # A view is tapped at its base (Conv1D returns one): it stays open to in-place operations.
-        whole = _same_tensor(adapted_hidden)
-        tapped: Tensor = _TapGradient.apply(  # type: ignore[no-untyped-call]
-            whole, None if leaves else hidden_input.detach(), self._anchor, report
+        whole = same_tensor(adapted_hidden)
+        tapped: Tensor = TapGradient.apply(  # type: ignore[no-untyped-call]
+            whole, None if leaves else hidden_input.detach(), anchor, report
         )
         return tapped if whole is adapted_hidden else tapped.view(adapted_hidden.shape)
 
     def _begin_call(
-        self, site: SiteName, hidden_input: Tensor, hidden: Tensor, leaves: bool
-    ) -> _Call:
+        self, site: SiteName, hidden_input: Tensor, dtype: torch.dtype, leaves: bool
+    ) -> SiteCall:
         kept = self._rows.kept.get(site)
         if kept is not None and not kept.applies_to(hidden_input.shape):
             kept = None
         sent, unchanged = None, None
         if leaves:
-            sent = self._sink.send_input(site, hidden_input, hidden.dtype, kept)
-            unchanged = _Unchanged(hidden_input)
-        return _Call(site=site, shape=hidden_input.shape, kept=kept, sent=sent, unchanged=unchanged)
+            sent = self._sink.send_input(site, hidden_input, dtype, kept)
+            unchanged = Unchanged(hidden_input)
+        return SiteCall(
+            site=site, shape=hidden_input.shape, kept=kept, sent=sent, unchanged=unchanged
+        )
 
     def _require_graph(self, site: SiteName) -> None:
         if not torch.is_grad_enabled():
@@ -273,24 +288,3 @@ class Taps:
                 "gradient checkpointing does; on a frozen base model that loses every hidden "
                 "gradient: use non-reentrant checkpointing (model.gradient_checkpointing=true)"
             )
-
-    def _report(
-        self, call: _Call, hidden_gradient: Tensor, hidden_input: Tensor | None = None
-    ) -> None:
-        """The gradient of a call has come, with its input if that is still here."""
-        site, sent = call.site, call.sent
-        if call.unchanged is not None and not call.unchanged.holds:
-            raise SiteError(
-                f"the hidden input of site {site!r} was changed in place after the site ran, while "
-                "it was on its way to the offload device: leave the site out of model.sites, or "
-                "use offload=none"
-            )
-        self._rows.check(site, call.shape, hidden_gradient)
-        if sent is None:
-            assert hidden_input is not None
-            sent = self._sink.send_input(site, hidden_input, hidden_gradient.dtype, call.kept)
-        users = self._rows.users if call.kept is None else call.kept.rows
-        self._sink.put(site, sent, hidden_gradient, call.kept, users)
-        self._num_open[site] -= 1
-        if self._num_open[site] == 0:
-            self._sink.close(site)

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from cola import grid
 from cola.bench.row import BenchRow
 from cola.bench.rows import select_rows
 from cola.cli import bench, train
@@ -54,6 +55,10 @@ def key_of(row: BenchRow, table: int) -> PublishedRow:
     )
 
 
+def task_name(config: ExperimentConfig) -> str:
+    return "/".join(filter(None, (config.task.name, config.task.subset)))
+
+
 def test_the_papers_rows_are_counted():
     assert sum(NUM_ROWS.values()) == len(published_costs()) == 276
 
@@ -70,7 +75,30 @@ def test_a_table_has_every_row_of_the_paper_and_says_which_they_are(table):
     assert len({row.name for row in rows}) == len(rows)
     ours = {row.label for row in rows if row not in papers}
     assert "floor" in ours
-    assert not {label for label in ours if label.startswith("cola") and "check" not in label}
+    assert not {label for label in ours if label.startswith("cola") and label.count("-") < 4}
+
+
+@pytest.mark.parametrize("table", NUM_ROWS)
+def test_commands_of_the_grid_name_the_papers_rows(table):
+    experiment = f"experiment=table{table}"
+    by_name = {row.name: row for row in rows_of(experiment)}
+    for row in grid.rows_of(f"table{table}"):
+        first, patterns = row.overrides
+        assert first == experiment
+        names = patterns.removeprefix("bench.rows=[").removesuffix("]").split(",")
+        measured = [by_name[name] for name in names]
+        claim = PublishedRow(
+            table=table,
+            model=row.model,
+            users=row.num_users,
+            batch_size=row.batch_size,
+            method=row.method,
+            adapter=row.adapter,
+            merge=row.merge,
+        )
+        assert {key_of(one, table) for one in measured} == {claim}
+        assert {one.config.users.name.name for one in measured} == {row.users}
+        assert {task_name(one.config) for one in measured} == {row.task}
 
 
 def test_dry_lists_rows_without_torch(capsys):
@@ -83,7 +111,7 @@ def test_dry_lists_rows_without_torch(capsys):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[-1] == "78 rows: 15 of the paper in 45 placements, 33 of ours"
+    assert lines[-1] == "96 rows: 15 of the paper in 45 placements, 51 of ours"
     merged = next(line for line in lines if "cola-lowrank-linear-merged-cpu/b8 " in line)
     assert "| paper |" in merged
     assert "users.name=collaboration users.kinds=[lowrank-linear] offload.name=cpu" in merged

@@ -14,9 +14,10 @@ from cola.config.choices import (
     UserLoss,
     UsersMode,
 )
+from cola.cuda_capture import CudaCapturer
 from cola.gradient_wiring import build_gradient_learner
 from cola.offload.placing import OffloadPlan
-from tests import tiny, users
+from tests import layered, tiny, users
 from tests.tolerances import EXACT
 
 pytestmark = [
@@ -100,6 +101,51 @@ def test_every_payload_and_device_equals_autograd(
     learner.close()
     for name, parameter in plain.named_parameters():
         assert torch.equal(base.get_parameter(name).cpu(), parameter), name
+
+
+@pytest.mark.parametrize("interval", [1, 2])
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        (AdapterKind.lowrank, MergeMode.unmerged),
+        (AdapterKind.lowrank, MergeMode.merged),
+        (AdapterKind.linear, MergeMode.merged),
+        (AdapterKind.mlp, MergeMode.unmerged),
+    ],
+)
+@pytest.mark.parametrize(
+    ("net", "plan"),
+    [
+        *((layered.LayeredNet, plan) for plan in ("none", *PLANS)),
+        (tiny.TinyNet, "cpu-factors"),
+        (tiny.TinyConv, "none"),
+    ],
+)
+def test_replayed_blocks_equal_autograd(
+    net: type[torch.nn.Module], kind: AdapterKind, mode: MergeMode, plan: str, interval: int
+) -> None:
+    if plan.startswith("gpu") and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    if "gradient" in plan and kind is not AdapterKind.linear and mode is MergeMode.merged:
+        pytest.skip("refused by the configuration")
+    plain = tiny.net(net)
+    start = tiny.filled_adapters(plain, kind)
+    stream = tiny.batches(plain, 25)
+    oracle = tiny.oracle_learner(plain, start)
+    tiny.train(oracle, stream, interval=interval)
+    base = tiny.net(net).cuda()
+    capturer = CudaCapturer(torch.device("cuda:0"))
+    offload = PLANS.get(plan, OffloadPlan())
+    learner = build_gradient_learner(
+        base, tiny.specs(base), copy.deepcopy(start),
+        tiny.settings(mode=mode, offload=offload, capturer=capturer),
+    )  # fmt: skip
+    tiny.train(learner, [batch.to(torch.device("cuda")) for batch in stream], interval=interval)
+    found = {site: copy.deepcopy(adapter).cpu() for site, adapter in learner.export().items()}
+    assert tiny.distance(found, oracle.export(), start) <= EXACT
+    assert learner._graphs is not None
+    assert len(learner._graphs._captured) == 3  # sizes of a batch
+    learner.close()
 
 
 OWNERS = [[0, 0, 1, 2], [0, 2, 2, 2, 2], [1, 1], [0, 1, 2], [2, 2, 2], [0], [0, 1, 1, 2, 2]]

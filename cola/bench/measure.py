@@ -15,7 +15,7 @@ import torch
 
 from cola.bench.subjects import Subject
 from cola.interfaces import Measurements
-from cola.meters import MIB, reset_peaks
+from cola.meters import MIB, peak_allocated, reset_peaks
 from cola.task_data import Batch
 
 SLOW_SECONDS = 5.0
@@ -57,9 +57,7 @@ def measure(
         "iterations": num,
         **together,
         "synchronised": parts,
-        "peak_allocated_mib": {
-            str(gpu): torch.cuda.max_memory_allocated(gpu) / MIB for gpu in gpus
-        },
+        "peak_allocated_mib": {str(gpu): peak_allocated(gpu, held) / MIB for gpu in gpus},
         "peak_reserved_mib": {str(gpu): torch.cuda.max_memory_reserved(gpu) / MIB for gpu in gpus},
         "held_mib": {
             device: {owner: num / MIB for owner, num in owners.items()}

@@ -73,7 +73,8 @@ class BenchRow:
     def is_plain(self) -> bool:
         """Whether it is in the form that the paper measures, which knows no floor."""
         if self.is_cola:
-            return not self.config.model.gradient_checkpointing
+            model = self.config.model
+            return not (model.gradient_checkpointing or model.cuda_graphs)
         return self.label == self.config.method.name.name
 
     def facts(self, bench: BenchConfig) -> dict[str, Any]:

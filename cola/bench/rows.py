@@ -54,6 +54,7 @@ _OTHER_PEFT = (
     MethodName.ptuning,
 )
 _CHECKPOINTING = "-checkpointing"
+_GRAPHS = "-graphs"
 
 
 def with_random_weights(config: ExperimentConfig, given: Collection[str]) -> ExperimentConfig:
@@ -132,13 +133,18 @@ def _variants(config: ExperimentConfig) -> Iterator[tuple[str, ExperimentConfig]
     for adapter, merge in choices:
         for target in targets:
             yield build(config, plain, adapter, merge, target)
-    if not has_text:
-        return
-    for adapter, merge in choices[:2]:  # low-rank, in both modes
+    for adapter, merge in choices[:2] if has_text else ():  # low-rank, in both modes
         for target in targets:
             label, row = build(config, plain, adapter, merge, target)
             if target is not OffloadTarget.none:
                 yield label + _CHECKPOINTING, _checkpointing(row)
+    if config.device == "cpu":  # graphs are a GPU's
+        return
+    for adapter, merge in choices:
+        for target in targets:
+            label, row = build(config, plain, adapter, merge, target)
+            if not (has_users and merge is MergeMode.unmerged):
+                yield label + _GRAPHS, _graphs(row)
 
 
 def _plain(config: ExperimentConfig) -> ExperimentConfig:
@@ -223,6 +229,11 @@ def _method(config: ExperimentConfig, name: MethodName) -> ExperimentConfig:
 
 def _checkpointing(config: ExperimentConfig) -> ExperimentConfig:
     model = dataclasses.replace(config.model, gradient_checkpointing=True)
+    return dataclasses.replace(config, model=model)
+
+
+def _graphs(config: ExperimentConfig) -> ExperimentConfig:
+    model = dataclasses.replace(config.model, cuda_graphs=True)
     return dataclasses.replace(config, model=model)
 
 

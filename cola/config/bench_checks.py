@@ -17,6 +17,7 @@ _SET_BY_ROWS = {
     "method.adapter_dtype": "bench.rows=[lora-bfloat16]",
     "method.activation_offload": "bench.rows=[lora-activation-offload]",
     "model.gradient_checkpointing": "bench.rows=[*checkpointing]",
+    "model.cuda_graphs": "bench.rows=[*graphs]",
     "adapter": "bench.rows=[cola-lowrank*]",
     "adapter.kind": "bench.rows=[cola-lowrank*]",
     "merge": "bench.rows=[*-merged*]",

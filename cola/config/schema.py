@@ -52,6 +52,7 @@ class ModelConfig:
     autocast: bool = False  # matrix products in bfloat16, parameters in `dtype`
     tf32: bool = False  # float32 matrix products of a GPU rounded to TF32
     gradient_checkpointing: bool = False
+    cuda_graphs: bool = False  # blocks are replayed, for batches of a shape that comes again
     architecture: dict[str, Any] = field(default_factory=dict)  # full configuration for dry runs
 
 
@@ -293,4 +294,4 @@ class ExperimentConfig:
     data_dir: str | None = None  # local data instead of the hub
     experiment_name: str | None = None  # set by conf/experiment; names the output folder
     dry_run: bool = False
-    resume: str | None = None  # a run folder, or auto
+    resume: str | None = None  # a run folder, auto or once

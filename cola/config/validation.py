@@ -54,6 +54,7 @@ def validate(config: ExperimentConfig, given: Collection[str] = ()) -> None:
     check_method(config, given)
     check_users(config, given)
     check_offload(config, given)
+    _check_graphs(config)
     _check_merge(config)
     _check_optimizer(config)
     _check_data_dir(config)
@@ -97,6 +98,27 @@ def _check_model_and_task(config: ExperimentConfig) -> None:
         raise ConfigError(
             f"task={task.name} with model={model.name}: text needs a text model; choose "
             "model=tiny-roberta, roberta-base or hf, or an image task such as task=digits"
+        )
+
+
+def _check_graphs(config: ExperimentConfig) -> None:
+    if not config.model.cuda_graphs:
+        return
+    if config.method.name is not MethodName.cola:
+        raise ConfigError(
+            f"model.cuda_graphs=true with method={config.method.name.name}: only gradient learning "
+            "keeps all that changes out of the base model; use method=cola, or leave it out"
+        )
+    if config.model.gradient_checkpointing:
+        raise ConfigError(
+            "model.cuda_graphs=true with model.gradient_checkpointing=true: a block is either "
+            "replayed or recomputed; leave one of them out"
+        )
+    if config.users.name.owns_adapters and config.merge.mode is not MergeMode.merged:
+        raise ConfigError(
+            f"model.cuda_graphs=true with users={config.users.name.name} and "
+            f"merge={config.merge.mode.name}: rows of a batch belong to other users every time, "
+            "which a captured graph cannot follow; use merge=merged, or leave it out"
         )
 
 

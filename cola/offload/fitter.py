@@ -161,13 +161,15 @@ class AdapterFitter:
         stepping = {site: found for site in self.adapters if (found := self._gradients(site))}
         if not stepping:
             return []
-        if self.device.type == "cpu":
-            self._check_finite_norms(stepping, fit.number)
         factors: Iterable[float | Tensor] = [fit.gradient_scale * clip_factor] * len(stepping)
-        if self._clip_norm is not None:
-            factors = self._clip_factors(
-                list(stepping.values()), fit.gradient_scale, self._clip_norm
-            )
+        on_host = self.device.type == "cpu"
+        if on_host or self._clip_norm is not None:
+            norms = _norms([gradient for own in stepping.values() for gradient in own])
+            if on_host:
+                _require_finite(norms, stepping, fit.number)
+            if self._clip_norm is not None:
+                sizes = [len(own) for own in stepping.values()]
+                factors = _clip_factors(norms, sizes, fit.gradient_scale, self._clip_norm)
         for gradients, factor in zip(stepping.values(), factors, strict=True):
             # Most text runs have one batch per interval and no clip: nothing to multiply.
             if not (isinstance(factor, float) and factor == 1.0):
@@ -192,7 +194,8 @@ class AdapterFitter:
         if self.device.type == "cpu":
             return
         parameters = {s: [*named.values()] for s, named in self._parameters.items()}
-        self._check_finite_norms(parameters, number)
+        norms = _norms([parameter for own in parameters.values() for parameter in own])
+        _require_finite(norms, parameters, number)
 
     def state_dict(self, site: SiteName) -> dict[str, Any]:
         """Adapter, optimizer state and the gradient of an interval in progress."""
@@ -244,27 +247,6 @@ class AdapterFitter:
     def _gradients(self, site: SiteName) -> list[Tensor]:
         return [p.grad for p in self._parameters[site].values() if p.grad is not None]
 
-    def _clip_factors(
-        self, gradients: list[list[Tensor]], scale: float, clip_norm: float
-    ) -> Iterable[Tensor]:
-        """Of every adapter: scale * min(1, clip_norm / norm), without waiting for the device."""
-        norms = _norms([gradient for own in gradients for gradient in own])  # (P,)
-        parts = torch.split_with_sizes(norms, [len(own) for own in gradients])
-        norm = scale * torch.stack([torch.linalg.vector_norm(part) for part in parts])  # (A,)
-        factors = scale * (clip_norm / (norm + 1e-6)).clamp(max=1.0)
-        return torch.unbind(factors)
-
-    def _check_finite_norms(
-        self, tensors: Mapping[SiteName, Sequence[Tensor]], number: int
-    ) -> None:
-        if bool(_norms([tensor for own in tensors.values() for tensor in own]).isfinite().all()):
-            return
-        broken = next(s for s, own in tensors.items() if not _norms(own).isfinite().all())
-        raise OffloadError(
-            f"adaptation {number}: the hidden gradient of site {broken!r} is not finite: lower "
-            "optimizer.lr, set optimizer.clip=adapter, or check the data"
-        )
-
     def _note_held(self) -> None:
         """Bytes by owner: numbers, since others may ask while this worker changes the tensors."""
         state = [value for values in self._optimizer.state.values() for value in values.values()]
@@ -284,3 +266,33 @@ def _is_matrix_on_host(adapter: LinearAdapter, data: AdaptationData) -> bool:
 def _norms(tensors: Sequence[Tensor]) -> Tensor:
     """Norm of every tensor, (P,), in as few kernels as the device has for it."""
     return torch.stack(torch._foreach_norm(list(tensors)))
+
+
+def _clip_factors(
+    norms: Tensor, sizes: Sequence[int], scale: float, clip_norm: float
+) -> Iterable[Tensor]:
+    """Of every adapter: scale * min(1, clip_norm / norm), without waiting for the device.
+
+    Args:
+        norms: (P,) of all gradients.
+        sizes: how many of them each adapter has, in order.
+        scale: of the gradients.
+        clip_norm: largest norm that an adapter's gradient is left with.
+    """
+    parts = torch.split_with_sizes(norms, list(sizes))
+    norm = scale * torch.stack([torch.linalg.vector_norm(part) for part in parts])
+    factors: Tensor = scale * (clip_norm / (norm + 1e-6)).clamp(max=1.0)  # (A,)
+    return torch.unbind(factors)
+
+
+def _require_finite(
+    norms: Tensor, tensors: Mapping[SiteName, Sequence[Tensor]], number: int
+) -> None:
+    """Raises with the first site that has a tensor whose norm, of (P,), is not finite."""
+    if bool(norms.isfinite().all()):
+        return
+    broken = next(s for s, own in tensors.items() if not _norms(own).isfinite().all())
+    raise OffloadError(
+        f"adaptation {number}: the hidden gradient of site {broken!r} is not finite: lower "
+        "optimizer.lr, set optimizer.clip=adapter, or check the data"
+    )

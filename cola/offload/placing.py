@@ -26,9 +26,9 @@ STEPPED_TOGETHER = 1 << 20
 takes to call, large ones should step while the backward pass goes on."""
 
 
-FITS_PER_GPU = 4
+FITS_PER_GPU = 16
 """Parts in which a GPU fits the adapters of a step: few, for what is counted in together is few
-kernels; several, for fits should end beside the backward pass."""
+kernels; many, for the next forward pass waits for the last part."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from cola.errors import ColaError, OffloadError
@@ -68,6 +70,18 @@ class _Sent:
     gradients: list[Gradient] = field(default_factory=list)
 
 
+class _Edition(NamedTuple):
+    """What was published after an adaptation.
+
+    Attributes:
+        round: by site.
+        issued: when it will have been written, on a GPU.
+    """
+
+    round: Round
+    issued: torch.cuda.Event | None
+
+
 class Slot:
     """The adapters of one fitter on their worker.
 
@@ -99,7 +113,7 @@ class Slot:
             site: block for sites, block in zip(berth.blocks, blocks, strict=True) for site in sites
         }
         self._all = blocks
-        self._published: dict[int, Future[Round]] = {}
+        self._published: dict[int, Future[_Edition]] = {}
         self.republish(0)
 
     @property
@@ -153,17 +167,16 @@ class Slot:
         previous = self._published[self.version]
         self._pending = []
 
-        def run() -> Round:
+        def run() -> _Edition:
             # Earlier tasks of this slot ran on the same worker: these calls never wait, they raise
             # what went wrong, so that no adapter is stepped on half of its data.
             for future in arrived:
                 future.result()
-            published = previous.result()
+            published = previous.result().round
             with _named(self.fitter.adapters):
                 stepped = self.fitter.step(fit, clip_factor)
                 news = self._publish({site: self.fitter.adapters[site] for site in stepped})
-                self.transfer.settle()
-                return published | news
+                return _Edition(published | news, self.transfer.issued())
 
         self.version = fit.number
         self._published[fit.number] = self._worker.submit(run)
@@ -172,17 +185,23 @@ class Slot:
 
     def republish(self, version: int) -> None:
         """Publishes what the adapters are now, after they were changed from outside."""
-        ready: Future[Round] = Future()
-        ready.set_result(self._publish(self.fitter.adapters))
+        ready: Future[_Edition] = Future()
+        ready.set_result(_Edition(self._publish(self.fitter.adapters), None))
+        self.transfer.settle()  # the worker goes on from what was changed here
         self.version, self._published = version, {version: ready}
 
     def is_ready(self, version: int) -> bool:
         """Whether `published` would return at once."""
-        return self._published[version].done()
+        return version in self._published and self._published[version].done()
 
     def published(self, version: int) -> Round:
-        """What was published after an adaptation, by site; waits until its fit has ended."""
-        return self._published[version].result()
+        """What was published after an adaptation, by site; waits until its fit has ended.
+
+        On a GPU the fit may still be under way: what is issued next, at either end, comes after it.
+        """
+        edition = self._published[version].result()
+        self.transfer.follow(edition.issued)
+        return edition.round
 
     def await_data(self) -> None:
         """Returns when all data is counted in and no fit is under way; raises what went wrong."""

@@ -159,10 +159,28 @@ class Transfer:
         wait = self._waiting(arrived)
         return [Shipment(tensor, wait, self.staged) for tensor in landed]
 
+    def issued(self) -> torch.cuda.Event | None:
+        """Passed when all is done that this thread has issued where data goes; None: it is."""
+        if not self._ends_on_gpu:
+            return None
+        event: torch.cuda.Event = torch.cuda.current_stream(self.target).record_event()
+        return event
+
+    def follow(self, event: torch.cuda.Event | None) -> None:
+        """Nothing that this thread issues from here on, at either end, overtakes an event."""
+        if event is not None:
+            for device in (self.target, self._source):
+                torch.cuda.current_stream(device).wait_event(event)
+
     def settle(self) -> None:
-        """Waits, where data goes, for all that the worker has issued there."""
-        if self.target.type == "cuda":
+        """Waits, where data goes, for all that this thread has issued there."""
+        if self._ends_on_gpu:
             torch.cuda.current_stream(self.target).synchronize()
+
+    @property
+    def _ends_on_gpu(self) -> bool:
+        """Whether data goes to a GPU other than the base device, where work has its own order."""
+        return self.crosses and self.target.type == "cuda"
 
     def forget(self) -> None:
         """Hidden inputs that were sent are of no use to sites to come."""

@@ -1,0 +1,271 @@
+"""One block of the base model as two captured graphs: its forward pass and its backward pass.
+
+A replay launches all kernels of a pass by one call. They read and write the memory that they were
+captured with: what they read is copied there before, unless it is there already, as between
+neighbouring blocks, and what is to be kept is copied out before the next replay. So the graphs of a
+model share one pool of memory, in which a later one may use what an earlier one is done with, just
+as the passes themselves would: they are captured in the order in which they are replayed.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import compress
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from cola.block_signature import Signature
+from cola.site_calls import SiteCall, Taped
+from cola.sites import SiteName
+from cola.taps import Taps
+
+Replay = Callable[[], None]
+T = TypeVar("T")
+
+
+class Capturer(Protocol):
+    """Turns work into something that can be repeated."""
+
+    @property
+    def held_bytes(self) -> int:
+        """What replays use, and the allocator counts as free."""
+
+    def session(self) -> AbstractContextManager[None]:
+        """Around captures that belong together."""
+
+    def capture(self, work: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Replay]:
+        """Tensors whose memory a replay writes, and the replay; nothing is computed before."""
+
+    def alias(self, tensor: Tensor) -> Tensor:
+        """The same memory, but open to be used by later captures."""
+
+
+@dataclass(kw_only=True)
+class Buffer:
+    """Where a captured graph reads something.
+
+    Attributes:
+        memory: as it was captured.
+        is_borrowed: whether another graph writes it.
+        source: what was copied there in this step; blocks with an input in common share it.
+    """
+
+    memory: Tensor
+    is_borrowed: bool = False
+    source: Tensor | None = None
+
+    def fill(self, tensor: Tensor) -> None:
+        """Copies, unless it is there already."""
+        if tensor is not self.source and tensor.data_ptr() != self.memory.data_ptr():
+            self.memory.copy_(tensor)
+            self.source = tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Site:
+    """One run of a site within a block.
+
+    Attributes:
+        site: which.
+        dtype: that it computed in.
+        index: of its hidden input among the block's distinct ones.
+    """
+
+    site: SiteName
+    dtype: torch.dtype
+    index: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Graph:
+    """Autograd's graph, between the two captures."""
+
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    calls: list[Taped]
+    anchor: Tensor
+
+
+class BlockCapture:
+    """Both graphs of one block, for one signature.
+
+    Attributes:
+        outputs: where a replay writes them.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[..., Any],
+        signature: Signature,
+        buffers: Sequence[Buffer],
+        *,
+        taps: Taps,
+        capturer: Capturer,
+    ) -> None:
+        """Captures the forward pass; that of the block before has been captured.
+
+        Args:
+            forward: of the block.
+            signature: of its calls.
+            buffers: where it reads its tensors, in order.
+            taps: on its sites.
+            capturer: of the model's graphs.
+        """
+        self.signature = signature
+        self._run, self._buffers = forward, list(buffers)
+        self._taps, self._capturer = taps, capturer
+        self._needed = [tensor.needs_gradient for tensor in signature.tensors]
+        self._calls: list[SiteCall] = []
+        written, self._replay_forward = capturer.capture(self._run_forward)
+        num_outputs = len(self._graph.outputs)
+        self._differentiable = [output.requires_grad for output in self._graph.outputs]
+        self.outputs, self._hidden_inputs = written[:num_outputs], written[num_outputs:]
+        self._leaves_early = all(taps.takes_early(one.site) for one in self._sites)
+        if self._leaves_early:
+            self._hidden_inputs = self._released(self._hidden_inputs)
+
+    def capture_backward(self, following: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Captures the backward pass; that of the block after has been captured.
+
+        Args:
+            following: where the block after writes the gradient of each output; None: elsewhere.
+
+        Returns:
+            Where the gradient of each input is written, if it needs one.
+        """
+        pairs = compress(zip(self.outputs, following, strict=True), self._differentiable)
+        self._gradients = [
+            Buffer(memory=torch.empty_like(output))
+            if gradient is None
+            else Buffer(memory=gradient, is_borrowed=True)
+            for output, gradient in pairs
+        ]
+        written, self._replay_backward = self._capturer.capture(self._run_backward)
+        num_sites = len(self._reported)
+        del self._graph
+        self._hidden_gradients = self._released(written[:num_sites])
+        self._hidden_inputs = self._released(self._hidden_inputs)
+        self.outputs = self._released(self.outputs)
+        self._input_gradients = written[num_sites:]
+        return _spread(self._input_gradients, self._needed)
+
+    def finish(self) -> None:
+        """The backward pass of the block before has been captured, too."""
+        self._input_gradients = self._released(self._input_gradients)
+        for buffer in [*self._buffers, *self._gradients]:
+            if buffer.is_borrowed:
+                buffer.memory = self._capturer.alias(buffer.memory)
+
+    def __call__(self, tensors: Sequence[Tensor]) -> Any:
+        """What the block answers, in the graph of autograd that goes on around it."""
+        outputs = _Replayed.apply(self, self._taps.anchor, *tensors)  # type: ignore[no-untyped-call]
+        stream = iter(outputs)
+        leaves = [next(stream) if leaf is None else leaf[0] for leaf in self._answer]
+        return pytree.tree_unflatten(leaves, self._answer_spec)
+
+    def forward(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[bool]]:
+        """Outputs, and which of them can be differentiated; hidden inputs leave."""
+        for one in self._sites:
+            self._taps.require(one.site)
+        for buffer, tensor in zip(self._buffers, tensors, strict=True):
+            buffer.fill(tensor)
+        self._replay_forward()
+        inputs = [x.clone() if self._leaves_early else x for x in self._hidden_inputs]
+        self._calls = [self._taps.ran(s.site, inputs[s.index], s.dtype) for s in self._sites]
+        return [output.detach() for output in self.outputs], self._differentiable
+
+    def backward(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Gradients of the inputs; hidden gradients leave."""
+        found = compress(gradients, self._differentiable)
+        for buffer, gradient in zip(self._gradients, found, strict=True):
+            if gradient is None:
+                buffer.memory.zero_()
+            else:
+                buffer.fill(gradient)
+        self._replay_backward()
+        for index, hidden_gradient in zip(self._reported, self._hidden_gradients, strict=True):
+            stayed = None
+            if not self._leaves_early:
+                stayed = self._hidden_inputs[self._sites[index].index].clone()
+            self._taps.arrived(self._calls[index], hidden_gradient.clone(), stayed)
+        self._calls = []
+        self._taps.leave(self._sites[index].site for index in self._reported)
+        return [
+            g if g is None else g.detach() for g in _spread(self._input_gradients, self._needed)
+        ]
+
+    def forget(self) -> None:
+        """The step has ended: what was copied from is not kept."""
+        for buffer in [*self._buffers, *self._gradients]:
+            buffer.source = None
+
+    def _run_forward(self) -> list[Tensor]:
+        """The work of the forward pass: outputs and distinct hidden inputs."""
+        inputs = [
+            buffer.memory.detach().requires_grad_(needed)
+            for buffer, needed in zip(self._buffers, self._needed, strict=True)
+        ]
+        args, kwargs = self.signature.bind(inputs)
+        device = self._taps.anchor.device
+        with self._taps.taping() as tape, self.signature.computing(device):
+            answer = self._run(*args, **kwargs)
+        leaves, self._answer_spec = pytree.tree_flatten(answer)
+        outputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        self._answer = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
+        distinct = list({id(x): x for x in tape.hidden_inputs}.values())
+        places = {id(x): index for index, x in enumerate(distinct)}
+        self._sites = [
+            _Site(site=call.site, dtype=call.dtype, index=places[id(x)])
+            for call, x in zip(tape.calls, tape.hidden_inputs, strict=True)
+        ]
+        self._graph = _Graph(inputs=inputs, outputs=outputs, calls=tape.calls, anchor=tape.anchor)
+        return [tensor.detach() for tensor in [*outputs, *distinct]]
+
+    def _run_backward(self) -> list[Tensor]:
+        """The work of the backward pass: hidden gradients and gradients of the inputs."""
+        graph = self._graph
+        wanted = [*compress(graph.inputs, self._needed), graph.anchor]
+        found = torch.autograd.grad(
+            list(compress(graph.outputs, self._differentiable)),
+            wanted,
+            [buffer.memory for buffer in self._gradients],
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        reported = [(i, call.hidden_gradient) for i, call in enumerate(graph.calls)]
+        # Last to first, as they come; a site whose output is not used gets none.
+        arrived = {i: gradient for i, gradient in reversed(reported) if gradient is not None}
+        self._reported = list(arrived)
+        return [*arrived.values(), *found[:-1]]
+
+    def _released(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        return [self._capturer.alias(tensor) for tensor in tensors]
+
+
+class _Replayed(torch.autograd.Function):
+    """A block, replayed, as one node of the graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, block: BlockCapture, anchor: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.block = block
+        outputs, differentiable = block.forward(tensors)
+        ctx.mark_non_differentiable(
+            *(output for output, is_one in zip(outputs, differentiable, strict=True) if not is_one)
+        )
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        return None, None, *ctx.block.backward(gradients)
+
+
+def _spread(tensors: Iterable[T], where: Iterable[bool]) -> list[T | None]:
+    """One tensor after the other where one belongs, None elsewhere."""
+    stream = iter(tensors)
+    return [next(stream) if is_one else None for is_one in where]

@@ -1,0 +1,43 @@
+"""A model of blocks in lists, as transformers are, with what is awkward about them."""
+
+import torch
+from torch import Tensor, nn
+
+from tests import tiny
+
+
+class Layer(nn.Module):
+    """query and value share their input, `again` runs twice; `gate` is the model's for all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Linear(6, 6)
+        self.value = nn.Linear(6, 6)
+        self.again = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, scale: float, *, gate: dict[str, Tensor]) -> tuple[Tensor, str]:
+        inner = torch.tanh(x)
+        mixed = torch.tanh(self.query(inner)) * self.value(inner) * gate["gate"]
+        return x + scale * self.again(torch.tanh(self.again(mixed))), "constant"
+
+
+class LayeredNet(nn.Module):
+    """Two lists of layers; the output of the first is also read at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gates = nn.Linear(6, 6)
+        self.first = nn.ModuleList(Layer() for _ in range(2))
+        self.second = nn.ModuleList(Layer() for _ in range(2))
+        self.head = nn.Linear(6, 3)
+        self.scale = self.last_scale = 0.5
+
+    def forward(self, features: Tensor) -> tiny.Output:
+        gate = {"gate": torch.sigmoid(self.gates(features))}
+        x = features
+        for layer in self.first:
+            x, _ = layer(x, self.scale, gate=gate)
+        middle = x
+        for layer, scale in zip(self.second, (self.scale, self.last_scale), strict=True):
+            x, _ = layer(x, scale, gate=gate)
+        return tiny.Output(self.head((x + middle).mean(dim=1)))

@@ -1,0 +1,247 @@
+"""Blocks that are replayed, with a capturer that runs the work again where a GPU would replay it.
+
+Memory is treated as a GPU's graphs treat it: what a replay writes lies where it was captured, and
+what was released is overwritten before anybody could rely on it.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import cola.offload.placing
+from cola.block_graphs import find_blocks
+from cola.config.choices import AdapterKind, MergeMode, Objective
+from cola.errors import ConfigError, TrainingError
+from cola.gradient_learner import GradientLearner
+from cola.gradient_wiring import build_gradient_learner, resolve_settings
+from cola.installer import Installer
+from cola.interfaces import Adaptation
+from cola.task_data import Batch
+from tests import tiny
+from tests.configs import composed
+from tests.layered import Layer, LayeredNet
+from tests.tolerances import EXACT
+from tests.wires import LaggingTransfer
+
+
+class Rerun:
+    """Captures by remembering the work, and replays by doing it again.
+
+    Attributes:
+        num_captures: graphs so far.
+        num_replays: of them.
+    """
+
+    held_bytes = 0
+
+    def __init__(self) -> None:
+        self.num_captures = self.num_replays = 0
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        yield
+
+    def capture(self, work: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], None]]:
+        self.num_captures += 1
+        written = [tensor.clone().fill_(torch.nan) for tensor in work()]
+
+        def replay() -> None:
+            self.num_replays += 1
+            with torch.enable_grad():  # a node of autograd replays
+                again = work()
+            for memory, tensor in zip(written, again, strict=True):
+                memory.copy_(tensor)
+
+        return written, replay
+
+    def alias(self, tensor: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+
+def learner_of(
+    net: nn.Module, start: dict[str, Any], capturer: Rerun, **settings: Any
+) -> GradientLearner:
+    return build_gradient_learner(
+        net, tiny.specs(net), copy.deepcopy(start), tiny.settings(capturer=capturer, **settings)
+    )
+
+
+def distance_from_autograd(
+    net_type: type[nn.Module],
+    kind: AdapterKind,
+    stream: list[Batch],
+    interval: int,
+    **settings: Any,
+) -> tuple[float, Rerun]:
+    start = tiny.filled_adapters(tiny.net(net_type), kind)
+    oracle = tiny.oracle_learner(tiny.net(net_type), start)
+    wanted_losses = tiny.train(oracle, stream, interval=interval)
+    capturer = Rerun()
+    learner = learner_of(tiny.net(net_type), start, capturer, **settings)
+    losses = tiny.train(learner, stream, interval=interval)
+    found = learner.export()
+    learner.close()
+    assert losses == pytest.approx(wanted_losses, rel=1e-10)
+    return tiny.distance(found, oracle.export(), start), capturer
+
+
+FORMS = [pair for pair in tiny.ALLOWED if pair[1] is not MergeMode.detached]
+
+
+@pytest.mark.parametrize("wire", ["none", "shared", "late"])
+@pytest.mark.parametrize(("kind", "mode"), FORMS)
+@pytest.mark.parametrize("interval", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_weights_equal_autograd(
+    kind: AdapterKind, mode: MergeMode, interval: int, wire: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if wire == "late":
+        monkeypatch.setattr(cola.offload.placing, "Transfer", LaggingTransfer)
+    stream = tiny.batches(LayeredNet(), 11)  # of three sizes
+    plan = tiny.offload_plan(0 if wire == "none" else 2)
+    distance, capturer = distance_from_autograd(
+        LayeredNet, kind, stream, interval, mode=mode, offload=plan
+    )
+    assert distance <= EXACT
+    assert capturer.num_captures == 3 * 4 * 2
+    assert capturer.num_replays == (11 - 2 * 3) * 4 * 2
+
+
+def test_model_without_lists_is_one_block() -> None:
+    stream = tiny.batches(tiny.TinyNet(), 12)
+    distance, capturer = distance_from_autograd(tiny.TinyNet, AdapterKind.lowrank, stream, 1)
+    assert distance <= EXACT
+    assert capturer.num_captures == 3 * 2
+
+
+def test_calls_of_another_kind_run_as_ever() -> None:
+    """The same shape of batch, but a block is called otherwise: nothing is mixed."""
+    net = tiny.net(LayeredNet)
+    start = tiny.filled_adapters(net, AdapterKind.lowrank)
+    oracle_net = tiny.net(LayeredNet)
+    oracle = tiny.oracle_learner(oracle_net, start)
+    capturer = Rerun()
+    learner = learner_of(net, start, capturer)
+    stream = [tiny.batches(net, 1)[0]] * 6
+    for number, batch in enumerate(stream, start=1):
+        for one in (net, oracle_net):
+            one.scale = 0.5 if number % 2 else 0.25  # type: ignore[assignment]
+        closing = Adaptation(number=number, learning_rate=0.05)
+        for one in (learner, oracle):
+            one.record(batch, closing)
+            one.update(closing)
+    # Each was noted when it came again, and replayed from then on.
+    assert capturer.num_captures == 2 * 4 * 2
+    assert capturer.num_replays == 2 * 4 * 2
+    assert tiny.distance(learner.export(), oracle.export(), start) <= EXACT
+    learner.close()
+
+
+def test_later_block_called_otherwise_runs_as_ever() -> None:
+    net, oracle_net = tiny.net(LayeredNet), tiny.net(LayeredNet)
+    start = tiny.filled_adapters(net, AdapterKind.lowrank)
+    oracle = tiny.oracle_learner(oracle_net, start)
+    capturer = Rerun()
+    learner = learner_of(net, start, capturer)
+    for number in range(1, 6):
+        for one in (net, oracle_net):
+            one.last_scale = 0.5 if number < 4 else 0.25  # type: ignore[assignment]
+        closing = Adaptation(number=number, learning_rate=0.05)
+        for one in (learner, oracle):
+            one.record(tiny.batches(net, 1)[0], closing)
+            one.update(closing)
+    assert capturer.num_replays == (4 + 3 + 3) * 2
+    assert tiny.distance(learner.export(), oracle.export(), start) <= EXACT
+    learner.close()
+
+
+def test_evaluation_and_what_comes_after_use_own_forwards() -> None:
+    net = tiny.net(LayeredNet)
+    forwards = [layer.forward for layer in net.modules() if isinstance(layer, Layer)]
+    capturer = Rerun()
+    learner = learner_of(net, tiny.filled_adapters(net, AdapterKind.lowrank), capturer)
+    stream = [tiny.batches(net, 1)[0]] * 3
+    tiny.train(learner, stream)
+    replays = capturer.num_replays
+    with learner.evaluating() as model, torch.no_grad():
+        model(**stream[0].inputs)
+    assert capturer.num_replays == replays > 0
+    learner.close()
+    assert [layer.forward for layer in net.modules() if isinstance(layer, Layer)] == forwards
+
+
+def test_number_of_shapes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cola.block_graphs.MAX_SHAPES", 2)
+    stream = tiny.batches(LayeredNet(), 12)
+    distance, capturer = distance_from_autograd(LayeredNet, AdapterKind.lowrank, stream, 1)
+    assert distance <= EXACT
+    assert capturer.num_captures == 2 * 4 * 2
+
+
+def test_block_that_cannot_be_captured_ends_the_run() -> None:
+    class Broken(Rerun):
+        def capture(self, work: Callable[[], list[Tensor]]) -> Any:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    net = tiny.net(LayeredNet)
+    learner = learner_of(net, tiny.filled_adapters(net, AdapterKind.lowrank), Broken())
+    with pytest.raises(TrainingError, match=r"cannot be captured.*not permitted.*leave it out"):
+        tiny.train(learner, [tiny.batches(net, 1)[0]] * 2)
+    learner.close()
+
+
+def test_parameters_return_while_the_backward_pass_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    released: list[str] = []
+    install = Installer.release
+
+    def note(self: Installer, sites: Iterable[str]) -> None:
+        own = list(sites)
+        released.extend(own)
+        install(self, own)
+
+    monkeypatch.setattr(Installer, "release", note)
+    net = tiny.net(LayeredNet)
+    learner = learner_of(
+        net, tiny.filled_adapters(net, AdapterKind.lowrank), Rerun(), offload=tiny.offload_plan(2)
+    )
+    tiny.train(learner, [tiny.batches(net, 1)[0]] * 3)
+    assert sorted(released) == sorted(name for name in tiny.specs(net) if "." in name)
+    assert released[0].startswith("second.1.")
+    learner.close()
+
+
+def test_blocks_are_the_outermost_lists_with_sites() -> None:
+    net = LayeredNet()
+    assert find_blocks(net, ["second.0.query"]) == list(net.second)
+    nested = nn.ModuleList([nn.Sequential(nn.Linear(2, 2), nn.ModuleList([nn.Linear(2, 2)]))])
+    model = nn.Module()
+    model.layers = nested
+    assert find_blocks(model, ["layers.0.1.0"]) == list(nested)
+    assert find_blocks(model, ["head"]) == [model]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method=lora"], r"model.cuda_graphs=true with method=lora: .*leave it out"),
+        (["model=tiny-gpt2", "task=synthetic", "model.gradient_checkpointing=true"],
+         "either replayed or recomputed"),
+        (["model=tiny-gpt2", "task=dolly", "users=alone", "data_dir=builtin"],
+         "users=alone and merge=unmerged: .*use merge=merged"),
+    ],
+)  # fmt: skip
+def test_what_graphs_cannot_follow_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        composed("model.cuda_graphs=true", *overrides)
+
+
+def test_graphs_need_a_gpu() -> None:
+    config = composed("model.cuda_graphs=true", "device=cpu").config
+    with pytest.raises(ConfigError, match=r"device=cpu: graphs are captured on a GPU; use device"):
+        resolve_settings(config, Objective.image)
