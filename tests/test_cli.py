@@ -12,7 +12,7 @@ import pytest
 import cola
 from cola.cli import train, verify
 from cola.cli.app import run_command
-from cola.config.groups import group_choices
+from cola.config.groups import choice_families, group_choices
 from cola.config.identity import load_config, save_config
 from cola.errors import DataError, MergeError, OffloadError, SiteError, TrainingError
 
@@ -66,7 +66,9 @@ def test_help_lists_groups_keys_and_exit_codes(command, capsys):
     text = capsys.readouterr().out
     for group, choices in group_choices().items():
         assert f"\n  {group}\n" in text
-        assert all(f"\n    {choice} " in text for choice in choices)
+        for name, ends in choice_families(choices):
+            assert f"\n    {name}{'_*' if ends else ''} " in text
+            assert all(end in text for end in ends)
     for word in ("max_steps=null", "interval=1", "lr=null", "hydra.run.dir", "130", "--cfg job"):
         assert word in text
     assert max(map(len, text.splitlines())) <= 100
@@ -223,16 +225,17 @@ def test_sweep_reports_bad_jobs_and_goes_on(runs, capsys, caplog):
     errors = capsys.readouterr().err
     assert "Proposition 2" in errors
     assert "nearest: lowrank" in errors
-    assert caplog.messages[-1] == (
-        "sweep: 1 of 3 jobs done; failed: adapter=mlp merge=merged (bad configuration or data); "
-        "adapter=lowrnk merge=merged (bad configuration or data)"
-    )
+    first, second, last = caplog.messages[-3:]
+    assert first.startswith("sweep: adapter=mlp merge=merged: failed: merge=merged with adapter")
+    assert second.startswith("sweep: adapter=lowrnk merge=merged: failed: adapter=lowrnk: no such")
+    assert last == "sweep: jobs: 1 done, 2 failed"
 
 
 def test_sweep_exits_1_when_a_run_failed(runs, caplog):
     assert cola_train("--multirun", "seed=102,101,0") == 1
     assert len(runs) == 1
-    assert "1 of 3 jobs done; failed: seed=102 (run failed); seed=101 (bad config" in caplog.text
+    assert "sweep: seed=102: failed: RuntimeError: boom" in caplog.text
+    assert "sweep: seed=101: failed: broken.jsonl line 3" in caplog.text
 
 
 def test_sweep_stops_when_interrupted(runs):
@@ -251,6 +254,8 @@ def test_sweep_without_a_good_job_makes_no_folder():
         ("sed=0,1", "nearest: seed"),
         ("seed=interval(0,1)", "an interval has no jobs of its own"),
         ("hydra/launcher=nowhere", "Could not find 'hydra/launcher/nowhere'; allowed: basic"),
+        ("hydra.launcher.jobs=2", "this launcher takes no keys; add hydra/launcher=parallel"),
+        ("hydra.sweep.dr=a", "hydra.sweep.dr: no such key; nearest: dir; allowed: "),
         ("hydra.sweeper._target_=other.Sweeper", "only basic is supported"),
     ],
 )
@@ -274,12 +279,14 @@ def test_wheel_finds_its_conf(tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(installed)!r}); "
         "from cola.config.groups import conf_dir; from cola.config.store import compose_config; "
-        "compose_config(['task=glue']); print(conf_dir())"
+        "compose_config(['task=glue']); print(conf_dir()); "
+        "import hydra_plugins.cola_parallel as launcher; print(launcher.__file__)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
     )
-    assert done.stdout.strip() == str(installed / "cola" / "conf")
+    plugin = installed / "hydra_plugins" / "cola_parallel.py"
+    assert done.stdout.splitlines() == [str(installed / "cola" / "conf"), str(plugin)]
 
 
 @pytest.mark.slow  # a process that imports torch

@@ -38,6 +38,13 @@ def test_hash_ignores_what_does_not_change_the_numbers():
     assert {config_hash(changed(override)) for override in same} == {base}
 
 
+def test_hash_sees_what_kind_of_device_and_not_which():
+    first, second, cpu = (config_hash(changed(f"device={d}")) for d in ("cuda:0", "cuda:3", "cpu"))
+    assert first == second != cpu
+    fits = [config_hash(changed(f"offload.device=[cuda:{i}]")) for i in (1, 2)]
+    assert fits[0] == fits[1] != config_hash(changed())
+
+
 @pytest.mark.parametrize(
     "override", ["seed=1", "adapter.rank=4", "optimizer.lr=0.1", "model.architecture.hidden=[8]"]
 )
@@ -78,6 +85,14 @@ def test_resume_takes_agreeing_overrides_and_those_without_effect_on_numbers(tmp
     config, _ = resumed([f"resume={folder}", *overrides], tmp_path / "new")
     assert config.adapter.alpha == 2.0
     assert (config.tracking.name, config.trainer.log_every) == (TrackingName.files, 1)
+
+
+def test_resume_takes_another_gpu_and_no_other_kind_of_device(tmp_path):
+    folder = stored_run(tmp_path / "a", ["device=cuda:0"])
+    config, _ = resumed([f"resume={folder}", "device=cuda:1"], tmp_path / "new")
+    assert config.device == "cuda:1"
+    with pytest.raises(ConfigError, match=r"device \(cuda:0 there, cpu given\)"):
+        resumed([f"resume={folder}", "device=cpu"], tmp_path / "new")
 
 
 def test_resume_lists_every_differing_setting(tmp_path):

@@ -16,12 +16,11 @@ from pathlib import Path
 
 import cola
 from cola.cli.help import help_text
+from cola.cli.outcome import BAD_CONFIG, DONE, FAILED, INTERRUPTED, Outcome
 from cola.config.schema import ExperimentConfig
 from cola.errors import ColaError, ConfigError, OffloadError, TrainingError
 
 logger = logging.getLogger(__name__)
-
-DONE, FAILED, BAD_CONFIG, INTERRUPTED = 0, 1, 2, 130
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,13 +97,13 @@ def _dispatch(command: Command, arguments: argparse.Namespace) -> int:
     if arguments.cfg:
         sys.stdout.write(config_yaml(run.config))
         return DONE
-    return execute_run(command, run.config, run.given, run.run_dir)
+    return execute_run(command, run.config, run.given, run.run_dir).exit_code
 
 
 def execute_run(
     command: Command, config: ExperimentConfig, given: frozenset[str], run_dir: Path
-) -> int:
-    """Runs one valid configuration, alone or as a job of a sweep; returns the exit code.
+) -> Outcome:
+    """Runs one valid configuration, alone or as a job of a sweep.
 
     Args:
         command: which one.
@@ -116,23 +115,41 @@ def execute_run(
         from cola.dry_run import print_dry_run
 
         print_dry_run(config)
-        return DONE
+        return Outcome(exit_code=DONE)
     if not command.writes_run:
         if config.resume is not None:
             raise ConfigError(
                 f"resume={config.resume}: {command.name} resumes no run; leave it out"
             )
-        return DONE if command.execute(config, run_dir) else FAILED
+        return Outcome(exit_code=DONE if command.execute(config, run_dir) else FAILED)
 
-    from cola.config.resume import resolve_resume
+    from cola.config.claim import claim_run
+    from cola.config.resume import ONCE, finished_run, resolve_resume
 
-    config, run_dir = resolve_resume(config, given, run_dir)
-    _refuse_used_folder(config, run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        return DONE if command.execute(config, run_dir) else FAILED
-    finally:
-        remove_if_empty(run_dir)
+    with claim_run(config, run_dir) as is_ours:
+        if config.resume == ONCE and not is_ours:
+            return skip(f"another process is at this run, below {run_dir.parent}")
+        if config.resume is not None and not is_ours:
+            raise ConfigError(
+                f"resume={config.resume}: another process is at this run; wait for it, or stop it"
+            )
+        if config.resume == ONCE and (done := finished_run(config, run_dir)):
+            return skip("finished already", done)
+        config, run_dir = resolve_resume(config, given, run_dir)
+        _refuse_used_folder(config, run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            went_well = command.execute(config, run_dir)
+            return Outcome(exit_code=DONE if went_well else FAILED, folder=run_dir)
+        finally:
+            remove_if_empty(run_dir)
+
+
+def skip(reason: str, folder: Path | None = None) -> Outcome:
+    """A run of `resume=once` that has nothing to do, said in one line."""
+    outcome = Outcome(exit_code=DONE, is_skipped=True, reason=reason, folder=folder)
+    logger.info("resume=once: %s", outcome.line)
+    return outcome
 
 
 def _refuse_used_folder(config: ExperimentConfig, run_dir: Path) -> None:
@@ -155,18 +172,26 @@ def guard(name: str, action: Callable[[], int]) -> int:
     """Runs a command's action, errors become its exit code; an interruption passes through."""
     try:
         return action()
-    except (OffloadError, TrainingError):  # the others are found before training
-        logger.exception("run failed")
-        return FAILED
-    except ColaError as error:
-        sys.stderr.write(f"{name}: {error}\n")
-        return BAD_CONFIG
     except BrokenPipeError:  # the reader of the output (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
-    except Exception:
-        logger.exception("run failed")
-        return FAILED
+    except Exception as error:
+        return report_error(name, error)
+
+
+def report_error(name: str, error: Exception) -> int:
+    """Says what went wrong, with a traceback where that helps; returns the exit code.
+
+    Args:
+        name: of the command.
+        error: as raised.
+    """
+    # The other errors of ours are found before training.
+    if isinstance(error, ColaError) and not isinstance(error, OffloadError | TrainingError):
+        sys.stderr.write(f"{name}: {error}\n")
+        return BAD_CONFIG
+    logger.error("run failed", exc_info=error)
+    return FAILED
 
 
 def set_up_logging() -> None:

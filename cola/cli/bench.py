@@ -9,8 +9,9 @@ from pathlib import Path
 import cola
 from cola.bench.row import BenchRow
 from cola.bench.rows import select_rows, with_random_weights
-from cola.cli.app import DONE, FAILED, INTERRUPTED, guard, set_up_logging
+from cola.cli.app import guard, set_up_logging
 from cola.cli.help import help_text
+from cola.cli.outcome import DONE, FAILED, INTERRUPTED
 from cola.config.bench_checks import check_bench
 from cola.config.schema import BenchConfig, ExperimentConfig
 from cola.config.validation import validate

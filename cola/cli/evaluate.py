@@ -7,7 +7,8 @@ import textwrap
 from collections.abc import Sequence
 
 import cola
-from cola.cli.app import BAD_CONFIG, DONE, FAILED, INTERRUPTED, guard, set_up_logging
+from cola.cli.app import guard, set_up_logging
+from cola.cli.outcome import BAD_CONFIG, DONE, FAILED, INTERRUPTED
 from cola.config.evaluation import OWN_KEYS, change_settings, changeable_keys, resolve_request
 from cola.config.groups import group_choices
 from cola.config.keys import find_key, nearest_words, schema_keys, word

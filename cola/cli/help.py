@@ -7,7 +7,7 @@ second.
 import textwrap
 from collections.abc import Collection, Sequence
 
-from cola.config.groups import describe_choice, group_choices
+from cola.config.groups import choice_families, describe_choice, group_choices
 from cola.config.keys import schema_keys, section_names, word
 
 _WIDTH = 100
@@ -16,7 +16,9 @@ _OPTIONS = """\
 Options:
   -h, --help        this text
   --version         the package's version
-  -m, --multirun    a sweep: one run for each combination of values (a,b or range(1,4))
+  -m, --multirun    a sweep: one run for each combination of values (a,b or range(1,4)); add
+                    hydra/launcher=parallel for several at a time, one for each GPU, and
+                    resume=once to skip finished runs when it is started again
   --cfg job         print the composed configuration as YAML and exit
 """
 
@@ -72,16 +74,25 @@ def _groups() -> str:
     lines = []
     for group, choices in group_choices().items():
         lines.append(f"  {group}")
-        lines += [
-            textwrap.fill(
-                describe_choice(group, choice),
-                _WIDTH,
-                initial_indent=f"    {choice:<14} ",
-                subsequent_indent=" " * 19,
+        for name, ends in choice_families(choices):
+            words = f"{name}_*" if ends else name
+            lines.append(
+                textwrap.fill(
+                    _description(group, name, ends),
+                    _WIDTH,
+                    initial_indent=f"    {words:<14} ",
+                    subsequent_indent=" " * 19,
+                )
             )
-            for choice in choices
-        ]
     return "\n".join(lines) + "\n"
+
+
+def _description(group: str, name: str, ends: Sequence[str]) -> str:
+    """What a choice is; of a family, what its members have in common and how their names end."""
+    if not ends:
+        return describe_choice(group, name)
+    common = describe_choice(group, f"{name}_{ends[0]}").partition(":")[0]
+    return f"{common}: {', '.join(ends)}."
 
 
 def _keys(hidden: Collection[str]) -> str:

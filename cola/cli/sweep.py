@@ -2,13 +2,12 @@
 
 Differs from Hydra's own sweeper, which stops at the first bad job: here each job is validated
 before anything starts, bad ones are reported and the rest goes on. Launchers are Hydra's, so
-parallel ones work as with any Hydra application.
+parallel ones work as with any Hydra application; `hydra_plugins/cola_parallel.py` is our own.
 """
 
 import functools
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,34 +24,34 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from cola.cli.app import (
-    BAD_CONFIG,
-    DONE,
-    FAILED,
     Command,
     execute_run,
-    guard,
     remove_if_empty,
+    report_error,
     set_up_logging,
+    skip,
 )
+from cola.cli.outcome import FAILED, Outcome, report_sweep
 from cola.config.overrides import check_overrides, is_hydra_line
+from cola.config.resume import ONCE, finished_run
 from cola.config.store import CONFIG_NAME, compose_run, explain, hydra_session
-from cola.errors import ConfigError
+from cola.errors import ColaError, ConfigError
 
 logger = logging.getLogger(__name__)
 
-_REASONS = {FAILED: "run failed", BAD_CONFIG: "bad configuration or data"}
+# Where a job of the sweep will write, and so where its earlier runs are.
+_RUN_DIR = "hydra.run.dir=${hydra.sweep.dir}/${hydra.sweep.subdir}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Outcome:
-    """How one job ended."""
-
-    overrides: Sequence[str]
-    exit_code: int
-
-
-def run_sweep(command: Command, overrides: Sequence[str]) -> int:
+def run_sweep(
+    command: Command, overrides: Sequence[str], *, rows: Sequence[Sequence[str]] = ((),)
+) -> int:
     """Runs every combination; returns 0, 1 if a job failed, 2 if jobs were only badly configured.
+
+    Args:
+        command: which one.
+        overrides: of all jobs, several values where a sweep is meant.
+        rows: overrides of single values that are no product; every combination runs for each.
 
     Raises:
         ConfigError: the sweep itself cannot be read (an unknown key, a launcher that is missing).
@@ -62,18 +61,13 @@ def run_sweep(command: Command, overrides: Sequence[str]) -> int:
     try:
         with hydra_session() as hydra:
             master = hydra.compose_config(CONFIG_NAME, lines, run_mode=RunMode.MULTIRUN)
-            jobs = _expand(hydra, master, lines)
-            outcomes = [_validate(command, job, hydra_lines) for job in jobs]
-            good = [job for job, outcome in zip(jobs, outcomes, strict=True) if outcome is None]
-            codes = iter(_launch(command, hydra, master, good) if good else [])
+            jobs = [[*row, *job] for row in rows for job in _expand(hydra, master, lines)]
+            outcomes = [_without_running(command, job, hydra_lines) for job in jobs]
+            left = [job for job, outcome in zip(jobs, outcomes, strict=True) if outcome is None]
+            launched = iter(_launch(command, hydra, master, left) if left else [])
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from None
-    return _report(
-        [
-            outcome or _Outcome(overrides=job, exit_code=next(codes))
-            for job, outcome in zip(jobs, outcomes, strict=True)
-        ]
-    )
+    return report_sweep(jobs, [outcome or next(launched) for outcome in outcomes])
 
 
 def _expand(hydra: Hydra, master: DictConfig, lines: Sequence[str]) -> list[list[str]]:
@@ -87,64 +81,59 @@ def _expand(hydra: Hydra, master: DictConfig, lines: Sequence[str]) -> list[list
     return BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
 
 
-def _validate(command: Command, job: Sequence[str], hydra_lines: Sequence[str]) -> _Outcome | None:
-    """The outcome of a job that cannot be composed (its reason goes to stderr), or None."""
+def _without_running(
+    command: Command, job: Sequence[str], hydra_lines: Sequence[str]
+) -> Outcome | None:
+    """The outcome of a job that cannot be composed, or has nothing to do; None of one to run."""
+    try:
+        run = compose_run([*hydra_lines, _RUN_DIR, *job])
+    except Exception as error:
+        return _failure(command, error)
+    if run.config.resume == ONCE and command.writes_run and not run.config.dry_run:
+        done = finished_run(run.config, run.run_dir)
+        return skip("finished already", done) if done else None
+    return None
 
-    def compose() -> int:
-        compose_run([*hydra_lines, *job])
-        return DONE
 
-    code = guard(command.name, compose)
-    return None if code == DONE else _Outcome(overrides=job, exit_code=code)
+def _failure(command: Command, error: Exception, folder: Path | None = None) -> Outcome:
+    """Says what went wrong, and keeps its first line for the end of the sweep."""
+    kind = "" if isinstance(error, ColaError) else f"{type(error).__name__}: "
+    reason = kind + next(iter(str(error).splitlines()), "")
+    return Outcome(exit_code=report_error(command.name, error), reason=reason, folder=folder)
 
 
 def _launch(
     command: Command, hydra: Hydra, master: DictConfig, jobs: Sequence[Sequence[str]]
-) -> list[int]:
-    """Exit codes of the jobs, in order; the launcher decides where and how many at a time."""
+) -> list[Outcome]:
+    """Outcomes of the jobs, in order; the launcher decides where and how many at a time."""
     logger.info("sweep: jobs to run: %d", len(jobs))
     launcher = Plugins.instance().instantiate_launcher(
         hydra_context=HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(master)),
         task_function=functools.partial(run_job, command),
         config=master,
     )
-    return [_exit_code(result) for result in launcher.launch(jobs, initial_job_idx=0)]
+    return [_outcome(result) for result in launcher.launch(jobs, initial_job_idx=0)]
 
 
-def run_job(command: Command, _: DictConfig) -> int:
+def run_job(command: Command, _: DictConfig) -> Outcome:
     """One job, in the process that the launcher chose; Hydra has made the run's folder already."""
     set_up_logging()
     hydra: Any = HydraConfig.get()
     lines = [*hydra.overrides.hydra, *hydra.overrides.task]
     run_dir = Path(hydra.runtime.output_dir)
-    logger.info("sweep: job %s: %s", hydra.job.num, " ".join(hydra.overrides.task))
-
-    def run() -> int:
+    logger.info("sweep: job %s: %s", hydra.job.num + 1, " ".join(hydra.overrides.task))
+    try:
         composed = compose_run(lines)
         return execute_run(command, composed.config, composed.given, run_dir)
-
-    try:
-        return guard(command.name, run)
+    except Exception as error:
+        return _failure(command, error)
     finally:
         remove_if_empty(run_dir)  # bad data, a dry run, or resumed in an older folder
 
 
-def _exit_code(result: JobReturn) -> int:
+def _outcome(result: JobReturn) -> Outcome:
     # A job that could not even start (its folder cannot be made) has an exception for a result.
     if result.status is JobStatus.COMPLETED:
-        return int(result.return_value)
-    return FAILED
-
-
-def _report(outcomes: Sequence[_Outcome]) -> int:
-    """Logs the final line and returns the sweep's exit code."""
-    failed = [outcome for outcome in outcomes if outcome.exit_code != DONE]
-    done = len(outcomes) - len(failed)
-    if not failed:
-        logger.info("sweep: all %d jobs done", done)
-        return DONE
-    words = "; ".join(
-        f"{' '.join(f.overrides) or 'defaults'} ({_REASONS[f.exit_code]})" for f in failed
-    )
-    logger.error("sweep: %d of %d jobs done; failed: %s", done, len(outcomes), words)
-    return FAILED if any(f.exit_code == FAILED for f in failed) else BAD_CONFIG
+        outcome: Outcome = result.return_value
+        return outcome
+    return Outcome(exit_code=FAILED, reason=str(result._return_value))

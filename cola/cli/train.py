@@ -26,6 +26,7 @@ COMMAND = Command(
         "cola-train task=glue task.subset=mrpc adapter=mlp # RoBERTa-base on MRPC, MLP adapters",
         "cola-train task=synthetic model=tiny-gpt2 merge=merged offload=cpu",
         "cola-train -m adapter=lowrank,linear,mlp seed=0,1 # a sweep of six runs",
+        "cola-train -m seed=0,1,2 resume=once hydra/launcher=parallel  # several at a time",
         "cola-train task=glue dry_run=true                 # sites, parameters, bytes; no training",
         "cola-train task=glue resume=auto                  # go on with the newest unfinished run",
     ),

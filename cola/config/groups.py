@@ -4,6 +4,8 @@ No Hydra here: `--help` lists the choices, and overrides are checked against the
 composed.
 """
 
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import cola
@@ -30,6 +32,23 @@ def group_choices() -> dict[str, list[str]]:
     """Choices of every group, both sorted by name."""
     groups = sorted(folder for folder in conf_dir().iterdir() if folder.is_dir())
     return {group.name: sorted(file.stem for file in group.glob("*.yaml")) for group in groups}
+
+
+def choice_families(choices: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Choices that share what stands before their first underscore, together.
+
+    Args:
+        choices: of one group, sorted.
+
+    Returns:
+        Families as (`table2`, [`ft`, `lora`]); a choice that shares nothing as (its name, []).
+    """
+    families = []
+    for prefix, members in itertools.groupby(choices, key=lambda choice: choice.partition("_")[0]):
+        names = list(members)
+        ends = [name.removeprefix(f"{prefix}_") for name in names]
+        families.append((prefix, ends) if len(names) > 1 else (names[0], []))
+    return families
 
 
 def describe_choice(group: str, choice: str) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 from enum import Enum
 from pathlib import Path
 from typing import Any, cast
@@ -29,15 +30,29 @@ _NOT_IDENTITY = (
     "checkpoint.",
     "trainer.log_every",
 )
+_DEVICES = ("device", "offload.device")
 
 
 def is_identity(key: str) -> bool:
     """Whether a dotted key belongs to what a run computes.
 
     `device`, `data_dir` and `offload` do: results are equal in bits on one kind of machine only,
-    and paths stand for the data.
+    and paths stand for the data. Which of several GPUs does not, see `identity_value`.
     """
     return not key.startswith(_NOT_IDENTITY)
+
+
+def identity_value(key: str, value: Any) -> Any:
+    """What of a setting decides what is computed: of `cuda:1` that it is a GPU, not which one.
+
+    The GPUs of a machine compute the same, and a sweep that is started again takes whichever is
+    free.
+    """
+    if key not in _DEVICES:
+        return _plain(value)
+    if isinstance(value, list):
+        return [identity_value(key, one) for one in value]
+    return None if value is None else re.sub(r"^cuda:\d+$", "cuda", value)
 
 
 def _plain(value: Any) -> Any:
@@ -58,7 +73,7 @@ def config_hash(config: ExperimentConfig) -> str:
     `resolve_defaults`.
     """
     values = flatten(resolve_defaults(config))
-    identity = {key: _plain(value) for key, value in values.items() if is_identity(key)}
+    identity = {k: identity_value(k, value) for k, value in values.items() if is_identity(k)}
     text = json.dumps(identity, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

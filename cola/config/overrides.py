@@ -5,17 +5,18 @@ was given, what is allowed and the nearest match. Part of the command line's edg
 parser, so that quoting and sweeps mean the same as below).
 """
 
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, OverrideType, QuotedString
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cola.config.groups import group_choices
+from cola.config.groups import choice_families, group_choices
 from cola.config.keys import (
     Key,
     entry_keys,
@@ -132,9 +133,11 @@ def _check_group(line: str, override: Override, choices: Collection[str] | None)
     if choice in choices or (choice is None and group == "experiment"):
         return line
     near = nearest_words(str(choice), choices)
-    raise ConfigError(
-        f"{line}: no such choice of {group}; {near}allowed: {', '.join(choices) or 'none yet'}"
+    allowed = ", ".join(
+        f"{name}_{{{','.join(ends)}}}" if ends else name
+        for name, ends in choice_families(sorted(choices))
     )
+    raise ConfigError(f"{line}: no such choice of {group}; {near}allowed: {allowed or 'none yet'}")
 
 
 def _check_key(line: str, override: Override, groups: Mapping[str, Collection[str]]) -> str:
@@ -198,12 +201,19 @@ def _keys_of(section: str) -> str:
     return f"{section}.{{{','.join(names)}}}"
 
 
+@functools.cache
+def _shared_probe() -> DictConfig:
+    """A configuration to try values in; made once, because that takes a hundredth of a second."""
+    return cast(DictConfig, OmegaConf.structured(ExperimentConfig))
+
+
 def _check_value(line: str, override: Override, key: Key) -> None:
     value = override.value()
     if key.entry and isinstance(value, list):
         for entry in value:
             _check_entry(line, entry, key)
-    probe = OmegaConf.structured(ExperimentConfig)
+    # What a free dictionary was given once decides what it takes next, so it gets a fresh one.
+    probe = OmegaConf.structured(ExperimentConfig) if key.is_open else _shared_probe()
     try:
         OmegaConf.update(probe, override.key_or_group, value)
     except OmegaConfBaseException:

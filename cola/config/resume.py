@@ -1,13 +1,14 @@
-"""Finds the run that `resume=PATH|auto` means, and the configuration it goes on with.
+"""Finds the run that `resume=PATH|auto|once` means, and the configuration it goes on with.
 
 A resumed run keeps its own stored configuration and its own folder. Everything else on the command
 line has to agree with what is stored, apart from settings that do not change the numbers (tracking,
-checkpoints, `trainer.log_every`), which take effect.
+checkpoints, `trainer.log_every`, which of several GPUs), which take effect.
 """
 
 import dataclasses
+import functools
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from cola.config.identity import (
     CONFIG_FILE,
     SUMMARY_FILE,
     config_hash,
+    identity_value,
     is_identity,
     load_config,
 )
@@ -23,6 +25,10 @@ from cola.config.schema import ExperimentConfig
 from cola.errors import ConfigError
 
 logger = logging.getLogger(__name__)
+
+ONCE = "once"
+SEARCHES = ("auto", ONCE)
+"""Values of `resume` that look for the run; another one is the path of its folder."""
 
 
 def resolve_resume(
@@ -37,25 +43,28 @@ def resolve_resume(
 
     Returns:
         Configuration and folder. `resume` is the folder's path when a run goes on, else null
-        (`resume=auto` that found none starts afresh).
+        (a search that found none starts afresh).
 
     Raises:
         ConfigError: nothing to resume there, or an explicit setting differs from the stored one.
     """
     if config.resume is None:
         return config, run_dir
-    if config.resume == "auto":
-        folder = _newest_unfinished(config, run_dir)
+    if config.resume in SEARCHES:
+        folder = next((run for run in _equal_runs(config, run_dir) if not _is_finished(run)), None)
         if folder is None:
-            logger.info("resume=auto: no unfinished run of this configuration; starting afresh")
+            logger.info(
+                "resume=%s: no unfinished run of this configuration; starting afresh", config.resume
+            )
             return dataclasses.replace(config, resume=None), run_dir
     else:
         folder = _unfinished_run(config.resume)
+    there = load_config(folder / CONFIG_FILE)
     stored, differing = merge_given(
-        load_config(folder / CONFIG_FILE),
+        there,
         config,
         [name for name in given if name != "resume"],
-        may_change=lambda path: not is_identity(path),
+        may_change=lambda path: not is_identity(path) or _is_equal(there, config, path),
     )
     if differing:
         raise ConfigError(
@@ -81,8 +90,8 @@ def find_run(key: str, path: str, *, hint: str = "") -> Path:
 
 
 def _unfinished_run(path: str) -> Path:
-    folder = find_run("resume", path, hint=", or auto")
-    if (folder / SUMMARY_FILE).is_file():
+    folder = find_run("resume", path, hint=", auto or once")
+    if _is_finished(folder):
         raise ConfigError(
             f"resume={path}: that run is finished (summary.json exists); start a new run by "
             "leaving out resume"
@@ -90,22 +99,48 @@ def _unfinished_run(path: str) -> Path:
     return folder
 
 
-def _newest_unfinished(config: ExperimentConfig, run_dir: Path) -> Path | None:
-    """The folder itself (a fixed hydra.run.dir), else its newest sibling, of equal hash."""
+def finished_run(config: ExperimentConfig, run_dir: Path) -> Path | None:
+    """The newest finished run of a configuration, where `resume` looks for it; None without one.
+
+    Args:
+        config: composed, defaults filled in.
+        run_dir: where a fresh run would write: searched itself, then its siblings.
+    """
+    return next(filter(_is_finished, _equal_runs(config, run_dir)), None)
+
+
+def _is_finished(folder: Path) -> bool:
+    return (folder / SUMMARY_FILE).is_file()
+
+
+def _equal_runs(config: ExperimentConfig, run_dir: Path) -> Iterator[Path]:
+    """The folder itself (a fixed hydra.run.dir), then its siblings, newest first, of equal hash."""
     wanted = config_hash(config)
     siblings = sorted(run_dir.parent.glob("*"), reverse=True)  # run ids sort by time
     for folder in [run_dir, *siblings]:
-        if (folder / SUMMARY_FILE).is_file() or not (folder / CONFIG_FILE).is_file():
-            continue
-        try:
-            stored = load_config(folder / CONFIG_FILE)
-        except ConfigError as error:
-            # Killed while writing, or another version's: not the run that is looked for.
-            logger.warning("resume=auto: skipped %s: %s", folder, error)
-            continue
-        if config_hash(stored) == wanted:
-            return folder
-    return None
+        path = folder / CONFIG_FILE
+        if path.is_file() and _stored_hash(path, path.stat().st_mtime_ns) == wanted:
+            yield folder
+
+
+@functools.cache
+def _stored_hash(path: Path, changed_ns: int) -> str | None:
+    """Hash of a stored configuration, None if it cannot be read.
+
+    A sweep asks for that of every run once per job, hence remembered until the file changes.
+    """
+    try:
+        return config_hash(load_config(path))
+    except ConfigError as error:
+        # Killed while writing, or another version's: not the run that is looked for.
+        logger.warning("resume: skipped %s: %s", path.parent, error)
+        return None
+
+
+def _is_equal(one: ExperimentConfig, other: ExperimentConfig, path: str) -> bool:
+    """Whether two configurations compute the same as far as a key decides it."""
+    first, second = (identity_value(path, flatten(config)[path]) for config in (one, other))
+    return bool(first == second)
 
 
 def merge_given(

@@ -10,7 +10,7 @@ import re
 import secrets
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import cast
 
@@ -20,13 +20,18 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 from yaml import YAMLError
 
 from cola.config.choices import MethodName, UsersMode
 from cola.config.defaults import resolve_defaults
 from cola.config.groups import conf_dir
-from cola.config.keys import find_key
+from cola.config.keys import find_key, nearest_words
 from cola.config.overrides import check_overrides
 from cola.config.schema import ExperimentConfig
 from cola.config.validation import validate
@@ -157,11 +162,23 @@ def explain(error: Exception) -> str:
     key = find_key(path) if isinstance(path, str) else None
     if isinstance(cause, MissingMandatoryValue) and key is not None:
         return f"{key.path}: no value given; set it to {key.allowed}"
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError) and path is not None:
+        return _unknown_hydra_key(path, cause.object_type)
     message = "; ".join(dict.fromkeys(filter(None, map(_first_sentence, (error, cause)))))
     options = getattr(error, "options", None)  # of a choice that a file or hydra/... names
     if options:
         return f"{message}; allowed: {', '.join(options)}"
     return f"{message}; allowed: {key.path} is {key.allowed}" if key is not None else message
+
+
+def _unknown_hydra_key(path: str, owner: object) -> str:
+    """For `hydra.*` keys, which `check_overrides` leaves to Hydra; ours are known by then."""
+    fields = dataclasses.fields(owner) if isinstance(owner, type) and is_dataclass(owner) else ()
+    known = [field.name for field in fields if not field.name.startswith("_")]
+    section, _, name = path.rpartition(".")
+    if not known and section == "hydra.launcher":
+        return f"{path}: this launcher takes no keys; add hydra/launcher=parallel"
+    return f"{path}: no such key; {nearest_words(name, known)}allowed: {', '.join(known)}"
 
 
 def _first_sentence(error: BaseException) -> str:
