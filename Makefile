@@ -1,6 +1,6 @@
 # `make` lists the targets. Everything runs from .venv, which `make install` keeps up to date.
 .DEFAULT_GOAL := help
-.PHONY: help install format lint types layers test test-slow cov smoke bench-smoke demo table4 table8 check clean
+.PHONY: help install format lint types layers test test-slow cov smoke bench-smoke demo check clean
 
 # A pyenv shim may exist without its interpreter, so the version is asked, not only the name.
 PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python3)
@@ -8,7 +8,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+	@grep -hE '^(# )?[a-z0-9. -]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^(# )?([a-z0-9. -]+):.*## /\2\t/' | expand -t 22
 
 install: $(STAMP) ## create .venv and install the package with its tools (again only after changes)
 
@@ -49,13 +49,38 @@ bench-smoke: install ## every row of Table 10 on a tiny model, two iterations (h
 demo: install ## FT, LoRA and ColA adapters on digits, offline, one table (about a minute)
 	$(BIN)/python scripts/compare.py demo
 
-# Every row of a table is an experiment; OVERRIDES holds for all: OVERRIDES="model=tiny-gpt2 task=synthetic"
-rows = $(subst $(eval ) ,$(comma),$(sort $(patsubst conf/experiment/%.yaml,%,$(wildcard conf/experiment/$(1)_*.yaml))))
-comma := ,
+# The paper's rows (cola/grid.py). Each target goes on where it was stopped, reports what failed and
+# then prints what there is. OVERRIDES holds for all rows, for example
+# OVERRIDES="seed=0,1,2 hydra/launcher=parallel" or OVERRIDES="model=tiny-gpt2 task=synthetic".
+TRAINED := $(addprefix table,2 3 4 6 7 8 9)
+FIGURES := $(addprefix figure,4 5 6 7 8 9 10 11)
+MEASURED := $(addprefix table,10 11 12 13 14 15 16 17 18)
+.PHONY: $(TRAINED) $(MEASURED) $(FIGURES) figures smoke-grid smoke-grid-sample
+# The table is printed whether or not all rows went well (0 or 1), unless nothing could be run.
+print = ; code=$$?; test $$code -gt 1 || $(BIN)/cola-report --out outputs/report/$@ $(1) || code=$$?; exit $$code
 
-table4 table8: install ## every row of the paper's table of users, then the table (OVERRIDES="...")
-	$(BIN)/cola-train -m experiment=$(call rows,$@) $(OVERRIDES)
-	$(BIN)/python scripts/user_table.py $(@:table%=%) $(addprefix outputs/,$(subst $(comma), ,$(call rows,$@)))
+# table2 ... table9: ## every run of an accuracy table, then the table (OVERRIDES="...")
+$(TRAINED): install
+	@$(BIN)/python scripts/run_grid.py $@ $(OVERRIDES) $(call print,--table $@ outputs)
+
+# table10 ... table18: ## time and memory of a computation table's rows on this machine
+$(MEASURED): install
+	$(BIN)/cola-bench experiment=$@ $(OVERRIDES)
+
+# figure4 ... figure11: ## the ablation of the adaptation interval in one figure of the paper
+$(FIGURES): install
+	@$(BIN)/python scripts/run_grid.py $@ $(OVERRIDES) $(call print,--figure $@ outputs)
+
+figures: install ## the ablation of the adaptation interval, all its 88 runs
+	@$(BIN)/python scripts/run_grid.py $(FIGURES) $(OVERRIDES) $(call print,$(addprefix --figure ,$(FIGURES)) outputs)
+
+REHEARSED := $(addprefix --table ,$(TRAINED)) outputs/smoke-grid
+
+smoke-grid: install ## two steps of all 335 runs of the paper on tiny models, CPU (five minutes)
+	@$(BIN)/python scripts/run_grid.py all --rehearse hydra/launcher=parallel $(OVERRIDES) $(call print,$(REHEARSED))
+
+smoke-grid-sample: install ## the same for one run of every experiment (a minute)
+	@$(BIN)/python scripts/run_grid.py all --rehearse --sample hydra/launcher=parallel $(OVERRIDES) $(call print,$(REHEARSED))
 
 check: lint types layers test ## what CI runs
 

@@ -1,5 +1,6 @@
 """Image sets: their pixels and splits, batches as one gather, and augmentation."""
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,29 @@ def write_set(folder: Path, images: np.ndarray, *, label: int | None = None) -> 
     np.savez(
         folder / f"{folder.name}.npz", x_train=images, y_train=labels, x_test=images, y_test=labels
     )
+
+
+@pytest.mark.parametrize("task", [MNIST, CIFAR10], ids=lambda task: task.name)
+def test_builtin_images_have_the_shape_of_the_set(task: TaskConfig) -> None:
+    data = load(task, Path("builtin"))
+    assert (len(data.train.rows), len(data.selection.rows), len(data.report.rows)) == (114, 6, 40)
+    pixels, labels = zip(
+        *((row["pixels"], int(row["label"])) for row in data.report.rows), strict=True
+    )
+    assert {tuple(image.shape) for image in pixels} == {tuple(task.image_shape or ())}
+    assert set(labels) == set(range(10))
+    # A digit's pixel is a square: what was written large can be read small again.
+    middle = pixels[0][0, 2:26, 2:26] if task is MNIST else pixels[0][0]
+    times = middle.shape[0] // 8
+    assert torch.equal(
+        middle, middle[::times, ::times].repeat_interleave(times, 0).repeat_interleave(times, 1)
+    )
+    assert middle.unique().numel() > 2
+
+
+def test_builtin_images_fit_no_other_shape() -> None:
+    with pytest.raises(DataError, match=r"mnist train has images of .*\(1, 28, 28\)"):
+        load(dataclasses.replace(MNIST, image_shape=[1, 8, 8]), Path("builtin"))
 
 
 def random_images(*shape: int) -> np.ndarray:

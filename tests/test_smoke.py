@@ -1,7 +1,6 @@
 """Every task with every method runs end to end on the CPU: `make smoke`.
 
-Two steps each, on tiny models. Text comes from the built-in sample rows; images and one's own files
-are written here.
+Two steps each, on tiny models and built-in sample rows; one's own files are written here.
 """
 
 import gzip
@@ -9,7 +8,6 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from tests.runs import Run, run
@@ -50,19 +48,8 @@ METRICS = {"glue-cola": "matthews_correlation", "glue-stsb": "pearson"}
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images of noise and files of one's own, where no rows are built in."""
+    """Files of one's own."""
     folder = tmp_path_factory.mktemp("data")
-    generator = np.random.default_rng(0)
-    for name, shape in (("mnist", (28, 28)), ("cifar10", (32, 32, 3))):
-        (folder / name).mkdir()
-        arrays = {
-            f"{what}_{split}": generator.integers(
-                0, high, (num, *(shape if what == "x" else ())), dtype=np.uint8
-            )
-            for split, num in (("train", 40), ("test", 16))
-            for what, high in (("x", 256), ("y", 10))
-        }
-        np.savez(folder / name / f"{name}.npz", **arrays)
     with gzip.open(folder / "own.jsonl.gz", "wt", encoding="utf-8") as file:
         for index in range(40):
             row = {"text": f"the fox near the jay {index}", "kind": "ab"[index % 2], "who": "me"}
@@ -74,8 +61,6 @@ def overrides_of(task: str, data_dir: Path) -> list[str]:
     if task.startswith("jsonl"):
         return [f"task.train_file={data_dir}/own.jsonl.gz", "task.template='{text}'",
                 "task.target=kind", "task.user=who"]  # fmt: skip
-    if task.startswith(("mnist", "cifar10")):
-        return [f"data_dir={data_dir}"]
     return [] if task.startswith(("digits", "synthetic")) else ["data_dir=builtin"]
 
 

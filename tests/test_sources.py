@@ -83,11 +83,6 @@ def test_builtin_is_the_packages_own_folder() -> None:
     assert len(rows) == 24
 
 
-def test_builtin_has_no_images() -> None:
-    with pytest.raises(DataError, match="no images for task=mnist; choose task=digits"):
-        load_arrays(MNIST, "builtin")
-
-
 def test_missing_split_lists_the_splits_there(tmp_path: Path) -> None:
     write_lines(tmp_path / "glue/mrpc/validation.jsonl.gz", as_lines(mrpc_rows(1)))
     with pytest.raises(DataError, match=r"no split 'train'.*splits there: validation"):

@@ -18,7 +18,8 @@ from cola.tasks.collate import collate_images
 from cola.tasks.encoding import TaskRequest
 from cola.tasks.fields import check_labels
 from cola.tasks.image_rows import ImageRows, crop_and_flip
-from cola.tasks.sources import load_arrays
+from cola.tasks.sample_images import sample_arrays
+from cola.tasks.sources import BUILTIN, load_arrays
 from cola.tasks.splits import NamedRows, first_rows, hold_out, train_name
 
 WHITE = 255.0  # brightest pixel value
@@ -90,11 +91,14 @@ def load_digits(request: TaskRequest) -> TaskData:
 def load_image_set(request: TaskRequest) -> TaskData:
     """MNIST or CIFAR-10 in the official splits; selection is a seeded 5 % of train.
 
+    `data_dir=builtin` has sample images in their place.
+
     Raises:
         DataError: the files are missing or do not fit `task.image_shape` or `task.num_labels`.
     """
     task, facts = request.task, IMAGE_SETS[request.task.name]
-    arrays = load_arrays(task, request.data_dir)
+    is_sample = request.data_dir == BUILTIN
+    arrays = sample_arrays(task.name) if is_sample else load_arrays(task, request.data_dir)
     official = (arrays.x_train[: task.max_train_rows], arrays.y_train[: task.max_train_rows])
     test = (arrays.x_test, arrays.y_test)
     _check_bytes(*official, request.problem, f"{task.name} train")

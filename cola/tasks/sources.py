@@ -1,7 +1,8 @@
 """Where rows come from: a folder of gzipped JSON lines or `.npz` files, or the hub.
 
 First stage of every task: raw rows in, checked for the columns that the task needs. The folder
-`builtin` stands for a few hand-written rows of every text set, which this package holds.
+`builtin` stands for a few hand-written rows of every text set, which this package holds (and
+`sample_images` for images).
 """
 
 import gzip
@@ -93,11 +94,6 @@ def load_arrays(task: TaskConfig, data_dir: str | None) -> ImageArrays:
     """
     if data_dir is None:
         return ImageArrays(**load_hub_arrays(task))
-    if data_dir == BUILTIN:
-        raise DataError(
-            f"data_dir=builtin holds rows of text sets, no images for task={task.name}; "
-            "choose task=digits, which needs no data, or data_dir=FOLDER"
-        )
     folder = _set_folder(Path(data_dir), folder_of(task))
     path = folder / f"{folder.name}.npz"
     if not path.is_file():
