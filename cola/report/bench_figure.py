@@ -3,15 +3,20 @@
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-# Okabe and Ito: told apart without colour vision. By who computes the adapters' gradients, where.
-_COLOURS = {
-    "floor": "#999999",
-    "back-propagation": "#0072B2",
-    "ColA on the base device": "#56B4E9",
-    "ColA on the CPU": "#D55E00",
-    "ColA on another GPU": "#009E73",
+from cola.report.style import BLUE, GREEN, GREY, INK, SKY, VERMILION, new_figure, plain, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# By who computes the adapters' gradients, and where: colour and hatch.
+_LOOKS = {
+    "floor": (GREY, ""),
+    "back-propagation": (BLUE, "///"),
+    "ColA on the base device": (SKY, "..."),
+    "ColA on the CPU": (VERMILION, ""),
+    "ColA on another GPU": (GREEN, "xxx"),
 }
 _OF_OFFLOAD = {
     "none": "ColA on the base device",
@@ -22,46 +27,71 @@ _INCHES_PER_BAR = 0.19
 
 
 def plot_costs(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """Draws `draw_costs` into a file, if there is anything to draw.
+
+    Args:
+        rows: as there.
+        path: PNG to write.
+    """
+    figure = draw_costs(rows)
+    return path if figure is None else save_figure(figure, path)
+
+
+def draw_costs(rows: Sequence[Mapping[str, Any]]) -> "Figure | None":
     """One line of two panels (base memory, time of an iteration) for each section of the table.
 
     Args:
         rows: of `results.json`, those of one section together; rows without figures are left out.
-        path: PNG to write.
-    """
-    # The object interface with its own canvas: no global state, no display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
 
+    Returns:
+        The figure; None if no row has figures.
+    """
     measured = [row for row in rows if "seconds" in row]
     groups = [(title, list(group)) for title, group in groupby(measured, key=_title)]
     if not groups:
-        return path
+        return None
     heights = [max(1.5, _INCHES_PER_BAR * len(group) + 0.9) for _, group in groups]
-    figure = Figure(figsize=(11, sum(heights) + 0.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, sum(heights) + 0.5)
     panels = figure.subplots(len(groups), 2, squeeze=False, height_ratios=heights)
     for (title, group), (memory, seconds) in zip(groups, panels, strict=True):
-        unit, factor = ("GiB", 1024) if group[0]["base_mib"] >= 1024 else ("MiB", 1)
-        sizes = [row["base_mib"] / factor for row in group]
-        _bars(memory, group, sizes, sizes)
-        memory.set(xlabel=f"memory of the base device, {unit}", title=title)
-        times = [1000 * row["seconds"] for row in group]
-        spreads = [[1000 * end for end in row["seconds_spread"]] for row in group]
-        _bars(
-            seconds,
-            group,
-            times,
-            [max(t, *spread) for t, spread in zip(times, spreads, strict=True)],
-        )
-        for place, spread in enumerate(spreads):
-            seconds.plot(spread, (place, place), color="black", linewidth=0.8)
-        seconds.set(xlabel="iteration, end to end, ms", yticklabels=[])
-    used = {_kind(row) for row in measured}
-    patches = [Patch(color=colour, label=kind) for kind, colour in _COLOURS.items() if kind in used]
-    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False)
-    figure.savefig(path, dpi=130)
-    return path
+        _draw_memory(memory, group, title)
+        _draw_seconds(seconds, group)
+    _add_legend(figure, {_kind(row) for row in measured})
+    return figure
+
+
+def _draw_memory(axes: Any, group: Sequence[Mapping[str, Any]], title: str) -> None:
+    unit, factor = ("GiB", 1024) if group[0]["base_mib"] >= 1024 else ("MiB", 1)
+    sizes = [row["base_mib"] / factor for row in group]
+    axes.set(xlabel=f"memory of the base device, {unit}", title=title)
+    _bars(axes, group, sizes, sizes)
+
+
+def _draw_seconds(axes: Any, group: Sequence[Mapping[str, Any]]) -> None:
+    times = [1000 * row["seconds"] for row in group]
+    spreads = [[1000 * end for end in row["seconds_spread"]] for row in group]
+    axes.set(xlabel="iteration, end to end, ms (line: shortest to longest)")
+    _bars(axes, group, times, [max(t, *ends) for t, ends in zip(times, spreads, strict=True)])
+    axes.set_yticklabels([])
+    for place, ends in enumerate(spreads):
+        axes.plot(ends, (place, place), color=INK, linewidth=1)
+
+
+def _add_legend(figure: "Figure", used: set[str]) -> None:
+    from matplotlib.patches import Patch
+
+    patches = [
+        Patch(facecolor=colour, hatch=hatch, edgecolor="white", label=kind)
+        for kind, (colour, hatch) in _LOOKS.items()
+        if kind in used
+    ]
+    figure.legend(
+        handles=patches,
+        loc="outside lower center",
+        ncols=len(patches),
+        frameon=False,
+        labelcolor=INK,
+    )
 
 
 def _bars(
@@ -72,13 +102,22 @@ def _bars(
 ) -> None:
     """One bar for each row, and its number at the end of what is drawn there."""
     places = range(len(group))
-    axes.barh(places, values, color=[_COLOURS[_kind(row)] for row in group], height=0.75)
+    looks = [_LOOKS[_kind(row)] for row in group]
+    axes.barh(
+        places,
+        values,
+        color=[colour for colour, _ in looks],
+        hatch=[hatch for _, hatch in looks],
+        edgecolor="white",
+        linewidth=0,
+        height=0.75,
+    )
     axes.set_yticks(places, [row["label"] for row in group], fontsize=7)
     axes.set_ylim(len(group) - 0.4, -0.6)  # the first row on top
     axes.set_xlim(left=0, right=1.12 * max(ends))  # room for the numbers
-    axes.spines[["top", "right"]].set_visible(False)
+    plain(axes)
     for place, value, end in zip(places, values, ends, strict=True):
-        axes.annotate(f" {value:,.3g}", (end, place), va="center", fontsize=6)
+        axes.annotate(f" {value:,.3g}", (end, place), va="center", fontsize=6, color=INK)
 
 
 def _kind(row: Mapping[str, Any]) -> str:

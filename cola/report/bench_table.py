@@ -1,17 +1,16 @@
-"""Tables 10 to 18 as Markdown: what was measured, the paper's value beside it in parentheses.
+"""Tables 10 to 18: what was measured, the paper's value beside it in parentheses.
 
 One section for each machine, setting, model, batch size and kind of lengths. The paper's figures
 were taken on an RTX A6000 and say how methods compare there, not what to expect here.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 from cola.report.bench_published import PublishedRow, published_costs
-from cola.report.text import format_table
+from cola.report.table import MISSING, Mark, PrintedTable, Text, to_markdown
 
-MISSING = "-"
 MIB = 2**20
 MIB_PER_GIB = 1024
 
@@ -41,35 +40,103 @@ _HEADER = (
     "x floor",
 )
 _REFERENCES = ("lora", "lora-bfloat16", "floor")
+_RECORD = (
+    "table",
+    "model",
+    "dtype",
+    "users",
+    "batch_size",
+    "lengths",
+    "label",
+    "method",
+    "adapter",
+    "merge",
+    "offload",
+    "trainable_parameters",
+    "seconds",
+    "base_seconds",
+    "offload_seconds_per_adapter",
+    "stall_share",
+    "base_mib",
+    "offload_mib",
+    "sent_bytes",
+    "returned_bytes",
+    "real_tokens_per_second",
+)
+_PUBLISHED = (
+    "memory_base_gib",
+    "memory_offload_mib",
+    "time_base_cpu_s",
+    "time_base_gpu_s",
+    "time_offload_cpu_s",
+    "time_offload_gpu_s",
+)
 
 
 def cost_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """All sections and the legend.
+    """All sections and the legend as Markdown.
 
     Args:
         rows: of `results.json`, those of one section together.
     """
-    sections = []
-    for title, group in groupby(rows, key=_title):
-        table = _without_empty([list(_HEADER), *([_name(row), *_cells(row)] for row in group)])
-        sections.append(f"**{title}**\n\n{format_table(table[0], table[1:])}")
-    return "\n\n".join([*sections, LEGEND])
+    return f"{to_markdown(cost_sections(rows))}\n\n{LEGEND}"
+
+
+def cost_sections(rows: Sequence[Mapping[str, Any]]) -> list[PrintedTable]:
+    """A table for each section.
+
+    Args:
+        rows: of `results.json`, those of one section together.
+    """
+    return [_section(title, list(group)) for title, group in groupby(rows, key=_title)]
+
+
+def unmeasured(table: int, rows: Sequence[Mapping[str, Any]]) -> list[PrintedTable]:
+    """The paper's rows that are not among some measured ones, with its values.
+
+    Args:
+        table: of the paper.
+        rows: of `results.json`, of any table.
+    """
+    done = {published_row(row) for row in rows if row["table"] == table and row["is_plain"]}
+    left = [_as_row(key) for key in published_costs() if key.table == table and key not in done]
+    return [
+        _section(f"Table {table}, {model}, batch size {size}: not measured", list(group))
+        for (model, size), group in groupby(left, key=lambda row: (row["model"], row["batch_size"]))
+    ]
+
+
+def cost_records(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A record for every row: its figures by name, the paper's with `published_` before it."""
+    return [
+        {key: row.get(key) for key in _RECORD}
+        | {f"published_{key}": published_of(row).get(key, "") for key in _PUBLISHED}
+        for row in rows
+    ]
 
 
 def published_of(row: Mapping[str, Any]) -> Mapping[str, str]:
     """The paper's cells of a row; empty if it is not the paper's."""
     if row["table"] is None or not row["is_plain"]:
         return {}
-    key = PublishedRow(
-        table=row["table"],
-        model=row["model"],
-        users=row["users"],
-        batch_size=row["batch_size"],
-        method=row["method"],
-        adapter=row["adapter"],
-        merge=row["merge"],
-    )
-    return published_costs().get(key, {})
+    return published_costs().get(published_row(row), {})
+
+
+def published_row(row: Mapping[str, Any]) -> PublishedRow:
+    """Which row of the paper a measured one is, if it is one at all."""
+    return PublishedRow(**{name: row[name] for name in PublishedRow.__dataclass_fields__})
+
+
+def _as_row(key: PublishedRow) -> dict[str, Any]:
+    """A row of the paper as if it had been tried; its fits on the CPU stand for all placements."""
+    label = f"cola-{key.adapter}-{key.merge}" if key.adapter else key.method
+    offload = "cpu" if key.adapter else ""
+    return vars(key) | {
+        "label": label,
+        "offload": offload,
+        "is_plain": True,
+        "skipped": "not measured",
+    }
 
 
 def _title(row: Mapping[str, Any]) -> str:
@@ -85,39 +152,47 @@ def _title(row: Mapping[str, Any]) -> str:
     )
 
 
-def _without_empty(table: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Header and lines without the columns that say nothing."""
-    kept = [
-        index for index, cells in enumerate(zip(*table[1:], strict=True)) if set(cells) != {MISSING}
-    ]
-    return [[line[index] for index in kept] for line in table]
+def _section(title: str, rows: Sequence[Mapping[str, Any]]) -> PrintedTable:
+    lines = [(_name(row), *map(_cell, _cells(row))) for row in rows]
+    # Columns that say nothing are left out.
+    kept = [i for i, cells in enumerate(zip(*lines, strict=True)) if set(cells) != {Text()}]
+    return PrintedTable(
+        title=title,
+        header=tuple(_HEADER[i] for i in kept),
+        num_labels=1,
+        lines=tuple(tuple(line[i] for i in kept) for line in lines),
+    )
 
 
-def _name(row: Mapping[str, Any]) -> str:
-    return row["label"] if published_of(row) else f"*{row['label']}*"
+def _name(row: Mapping[str, Any]) -> Text:
+    return Text(main=row["label"], mark=Mark.plain if published_of(row) else Mark.aside)
 
 
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    if "seconds" not in row:
-        return [_reason(row), *[MISSING] * (len(_HEADER) - 2)]
+def _cell(text: str) -> Text:
+    return Text(main=text)
+
+
+def _cells(row: Mapping[str, Any]) -> Iterator[str]:
+    """Figures of a row in the order of the header, the paper's beside them."""
     paper = _Paper(row)
-    parts = row["synchronised"]
     is_cola = row["method"] == "cola"
+    if "seconds" not in row:
+        yield from (_reason(row), MISSING + paper.base(), MISSING + paper.fit(), MISSING)
+        yield from (MISSING + paper.base_memory(), MISSING + paper.offload_memory())
+        yield from [MISSING] * (len(_HEADER) - 7)
+        return
+    low, high = row["seconds_spread"]
     reserved = sum(row["peak_reserved_mib"].values())
     base = f"{row['base_mib']:,.1f}" + (f" [{reserved:,.0f}]" if reserved else "")
-    fit = _ms(row["offload_seconds_per_adapter"], digits=2) + paper.fit() if is_cola else MISSING
-    low, high = row["seconds_spread"]
-    return [
-        f"{_ms(row['seconds'])} [{_ms(low)}, {_ms(high)}]",
-        _ms(parts["base_seconds"][0]) + paper.base(),
-        fit,
-        f"{100 * row['stall_share']:.0f}" if is_cola else MISSING,
-        base + paper.base_memory(),
-        f"{row['offload_mib']:,.1f}{paper.offload_memory()}" if is_cola else MISSING,
-        _both_ways(row),
-        f"{row['real_tokens_per_second']:,.0f}",
-        *(_ratio(row["ratios"].get(label)) for label in _REFERENCES),
-    ]
+    yield f"{_ms(row['seconds'])} [{_ms(low)}, {_ms(high)}]"
+    yield _ms(row["synchronised"]["base_seconds"][0]) + paper.base()
+    yield _ms(row["offload_seconds_per_adapter"], digits=2) + paper.fit() if is_cola else MISSING
+    yield f"{100 * row['stall_share']:.0f}" if is_cola else MISSING
+    yield base + paper.base_memory()
+    yield f"{row['offload_mib']:,.1f}{paper.offload_memory()}" if is_cola else MISSING
+    yield _both_ways(row)
+    yield f"{row['real_tokens_per_second']:,.0f}"
+    yield from (_ratio(row["ratios"].get(label)) for label in _REFERENCES)
 
 
 def _reason(row: Mapping[str, Any]) -> str:

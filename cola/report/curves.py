@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito: told apart without colour vision
+from cola.report.style import BLUE, VERMILION, new_figure, plain, save_figure
 
 
 def plot_learning_curve(
@@ -18,31 +18,23 @@ def plot_learning_curve(
         title: of the figure.
         path: PNG to write.
     """
-    # The object interface with its own canvas: no global state, no display, safe in threads.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    losses = figure.add_subplot()
+    figure = new_figure(7, 4)
+    losses = plain(figure.add_subplot())
     steps, values = _series(rows, "train/loss")
     (loss_line,) = losses.plot(steps, values, color=BLUE, label="training loss")
     losses.set(xlabel="step (batches)", ylabel="training loss", title=title)
-    losses.spines["top"].set_visible(False)
     lines = [loss_line]
     steps, values = _series(rows, f"selection/{metric}")
     if steps:
         scores = losses.twinx()
         scores.spines["top"].set_visible(False)
         (line,) = scores.plot(
-            steps, values, color=ORANGE, marker="o", markersize=3, label=f"selection {metric}"
+            steps, values, color=VERMILION, marker="o", markersize=3, label=f"selection {metric}"
         )
         scores.set_ylabel(metric)
         lines.append(line)
     losses.legend(handles=lines, loc="center right", frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return path
+    return save_figure(figure, path)
 
 
 def _series(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:

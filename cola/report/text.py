@@ -7,7 +7,8 @@ from collections.abc import Sequence
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Aligned columns, text to the left and numbers to the right, as Markdown."""
     cells = [list(header), *map(list, rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    # A rule needs a dash, and one more character for numbers.
+    widths = [max(2, *(len(row[i]) for row in cells)) for i in range(len(header))]
     numeric = [all(_is_number(row[i]) for row in rows) for i in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
