@@ -10,7 +10,7 @@ from cola.attendance import UserState
 from cola.batches import BatchStream, place_rows
 from cola.checkpoint import NEW_PARAMETERS, Checkpoints, keep_new_parameters
 from cola.config.choices import MergeMode, MethodName
-from cola.config.identity import CONFIG_FILE, config_values, save_config
+from cola.config.identity import CONFIG_FILE, save_config
 from cola.config.schema import ExperimentConfig
 from cola.config.user_settings import lowrank_sizes
 from cola.errors import SiteError
@@ -187,12 +187,8 @@ def _train(parts: RunParts) -> dict[str, Any]:
     assert config.optimizer.lr is not None, "defaults are resolved before a run"
     checkpoints = Checkpoints(run_dir / "checkpoints", keep=config.checkpoint.keep)
     saved = checkpoints.load_newest() if config.resume else None
-    tracker = build_tracker(
-        run_dir,
-        config.tracking,
-        run={"id": run_dir.name, "group": run_dir.parent.name, "config": config_values(config)},
-        last_step=saved["progression"]["step"] if saved else 0,
-    )
+    last_step = saved["progression"]["step"] if saved else 0
+    tracker = build_tracker(run_dir, config, last_step=last_step)
     trainer = Trainer(
         learner=learner,
         task=task,

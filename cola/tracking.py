@@ -1,22 +1,16 @@
 """Where numbers and samples go: files in the run's folder, always, and Weights & Biases if asked.
 
 `metrics.jsonl` has a line per logged step, `samples.jsonl` one per prediction kept to be read.
-Without an API key Weights & Biases writes offline files into the same folder; it never prompts and
-its failure never stops a run.
 """
 
 import json
-import logging
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 from cola.config.choices import TrackingName
-from cola.config.schema import TrackingConfig
-
-logger = logging.getLogger(__name__)
+from cola.config.schema import ExperimentConfig
+from cola.wandb_tracker import WandbTracker, tolerated
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
@@ -71,69 +65,6 @@ class FilesTracker:
         self._samples.close()
 
 
-class WandbTracker:
-    """Weights & Biases, online with a key and offline without."""
-
-    def __init__(self, run_dir: Path, config: TrackingConfig, *, run: Mapping[str, Any]) -> None:
-        import wandb
-
-        has_key = bool(os.environ.get("WANDB_API_KEY")) or _has_netrc_key()
-        mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
-        self._run = wandb.init(
-            project=config.project,
-            entity=config.entity,
-            tags=list(config.tags),
-            dir=run_dir,
-            id=run["id"],
-            name=run["id"],
-            group=run["group"],
-            config=run["config"],
-            resume="allow" if mode == "online" else None,
-            mode=mode,  # type: ignore[arg-type]
-            settings=wandb.Settings(silent=True, init_timeout=30, console="off"),
-        )
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One point of every curve."""
-        with _tolerated():
-            self._run.log(dict(metrics), step=step)
-
-    def log_samples(self, step: int, split: str, samples: Sequence[Mapping[str, str]]) -> None:
-        """A table; it names its step itself, which may be an earlier one than the curves'."""
-        import wandb
-
-        if not samples:
-            return
-        columns: list[str | int] = ["step", *samples[0]]
-        rows = [[step, *sample.values()] for sample in samples]
-        with _tolerated():
-            self._run.log({f"samples/{split}": wandb.Table(columns=columns, data=rows)})
-
-    def finish(self, summary: Mapping[str, Any], figures: Mapping[str, Path]) -> None:
-        """The run's summary and figures."""
-        import wandb
-
-        with _tolerated():
-            self._run.summary.update(dict(summary))
-            self._run.log({name: wandb.Image(str(path)) for name, path in figures.items()})
-
-    def close(self) -> None:
-        """Writes what is left."""
-        with _tolerated():
-            self._run.finish()
-
-
-@contextmanager
-def _tolerated() -> Iterator[None]:
-    """A tracker must not cost a run: its failure is a warning, the run's own files go on."""
-    import wandb
-
-    try:
-        yield
-    except (wandb.Error, OSError) as error:
-        logger.warning("Weights & Biases failed (%s); the run goes on with metrics.jsonl", error)
-
-
 class Trackers:
     """Several trackers as one."""
 
@@ -161,14 +92,12 @@ class Trackers:
             tracker.close()
 
 
-def build_tracker(
-    run_dir: Path, config: TrackingConfig, *, run: Mapping[str, Any], last_step: int
-) -> Trackers:
-    """The trackers of a run; `run` holds its id, group and resolved configuration."""
+def build_tracker(run_dir: Path, config: ExperimentConfig, *, last_step: int) -> Trackers:
+    """The trackers of a run, which goes on after `last_step`."""
     trackers: list[Tracker] = [FilesTracker(run_dir, last_step=last_step)]
-    if config.name is TrackingName.wandb:
-        with _tolerated():
-            trackers.append(WandbTracker(run_dir, config, run=run))
+    if config.tracking.name is TrackingName.wandb:
+        with tolerated():
+            trackers.append(WandbTracker(run_dir, config))
     return Trackers(trackers)
 
 
@@ -201,12 +130,3 @@ def _reopen(path: Path, last_step: int) -> tuple[IO[str], list[dict[str, Any]]]:
     draft.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
     draft.replace(path)
     return path.open("a", encoding="utf-8"), kept
-
-
-def _has_netrc_key() -> bool:
-    import netrc
-
-    try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False

@@ -223,6 +223,7 @@ class Trainer:
         _note_peaks(self.progression.peaks_mib, measured)
         self._begin_window()
         memory = {f"memory/{d}_peak_mib": mib for d, mib in self.progression.peaks_mib.items()}
+        memory["memory/base_device_peak_mib"] = self.progression.peaks_mib[str(self._device)]
         for device, owners in measured.held_bytes.items():
             memory |= {f"memory/{device}_{owner}_mib": num / MIB for owner, num in owners.items()}
         return {**costs, **memory, "memory/resident_mib": resident_mib(), **measured.extra}

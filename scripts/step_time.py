@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cola.batches import BatchStream
+from cola.batches import BatchStream, place_rows
 from cola.config.store import compose_run
 from cola.experiment import build_problem, build_task
 from cola.interfaces import Adaptation, Learner
@@ -48,7 +48,7 @@ class Subject:
         device = resolve_device(config.device)
         problem = build_problem(config)
         base = build_base_model(config.model, problem, seed=config.seed)
-        task = build_task(config, problem, base)
+        task = place_rows(build_task(config, problem, base), device)
         base.module.to(device)
         self._learner: Learner = build_learner(config, base, problem.objective, adaptations=STEPS)
         stream = BatchStream(

@@ -75,7 +75,7 @@ def test_config_is_the_one_that_ran(full):
 def test_figure_is_a_picture_with_curves(full):
     data = (full.folder / "figures" / "learning_curve.png").read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    assert struct.unpack(">II", data[16:24]) == (1050, 600)
+    assert struct.unpack(">II", data[16:24]) == (770, 440)
     from matplotlib import image
 
     pixels = image.imread(full.folder / "figures" / "learning_curve.png")[..., :3]
@@ -93,7 +93,7 @@ METRIC_KEYS = frozenset({
     "time/stall_seconds", "time/offload_seconds", "time/iteration_seconds", "wire/bytes_per_step",
     "memory/cpu_peak_mib", "memory/cpu_adapters_mib", "memory/cpu_optimizer_mib",
     "memory/cpu_staging_mib", "memory/cpu_base_model_mib", "memory/cpu_pristine_mib",
-    "memory/resident_mib",
+    "memory/base_device_peak_mib", "memory/resident_mib",
 })  # fmt: skip
 
 
@@ -483,15 +483,17 @@ def test_peaks_of_training_and_evaluation_do_not_mix(tmp_path, monkeypatch, trai
         peak["mib"] = max(peak["mib"], 50.0)
         return true(*arguments, **settings)
 
-    monkeypatch.setattr(trainer, "peak_mib", lambda held: {"cuda:0": peak["mib"]})
+    monkeypatch.setattr(trainer, "peak_mib", lambda held: {"cpu": peak["mib"]})
     monkeypatch.setattr(trainer, "reset_peaks", lambda devices: peak.update(mib=1.0))
     monkeypatch.setattr(trainer, "evaluate", heavy)
     # An evaluation at every step: training peaks are reached before, between and after them.
     settings = ("trainer.max_steps=3", "trainer.eval_every=1", "trainer.log_every=1")
     done = run(tmp_path, *SYNTHETIC, *settings)
-    assert done.summary["peak_mib"] == {"cuda:0": training}
-    assert done.summary["evaluation_peak_mib"] == {"cuda:0": 50.0}
-    assert {row["memory/cuda:0_peak_mib"] for row in done.rows if "train/loss" in row} == {training}
+    assert done.summary["peak_mib"] == {"cpu": training}
+    assert done.summary["evaluation_peak_mib"] == {"cpu": 50.0}
+    logged = [row for row in done.rows if "train/loss" in row]
+    for key in ("memory/cpu_peak_mib", "memory/base_device_peak_mib"):
+        assert {row[key] for row in logged} == {training}
 
 
 def test_seconds_of_evaluation_are_summed_apart(tmp_path, monkeypatch):

@@ -1,71 +1,13 @@
-"""Where numbers go: files that survive a kill, and W&B that never prompts nor stops a run."""
+"""The files that numbers and samples go to, which survive a kill."""
 
 import json
-import logging
-import os
-import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
 
-from cola.config.choices import TrackingName
-from cola.config.schema import TrackingConfig
 from cola.tracking import FilesTracker, build_tracker, read_metrics, read_samples
-from tests.runs import config_of, run, small_synthetic
-
-WANDB = TrackingConfig(name=TrackingName.wandb, tags=["a"])
-RUN = {"id": "run-1", "group": "digits", "config": {"seed": 0}}
-
-
-@pytest.fixture
-def clean(monkeypatch, tmp_path):
-    """No key and no mode anywhere."""
-    for name in [name for name in os.environ if name.startswith("WANDB")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    return monkeypatch
-
-
-class WandbError(Exception):
-    """Base class of the library's own errors."""
-
-
-class FakeRun:
-    def __init__(self) -> None:
-        self.logged, self.summary, self.is_finished = [], {}, False
-        self.error: Exception | None = None
-
-    def log(self, metrics, step=None):
-        if self.error is not None:
-            raise self.error
-        self.logged.append((step, metrics))
-
-    def finish(self):
-        self.is_finished = True
-
-
-@pytest.fixture
-def wandb(monkeypatch, clean):
-    """Stands in for the library; remembers how it was started."""
-    module = types.ModuleType("wandb")
-    module.started, module.run, module.error = [], FakeRun(), None
-
-    def init(**settings):
-        if module.error is not None:
-            raise module.error
-        module.started.append(settings)
-        return module.run
-
-    module.init = init
-    module.Error = WandbError
-    module.Settings = dict
-    module.Image = lambda path: f"image of {path}"
-    module.Table = lambda columns, data: (columns, data)
-    monkeypatch.setitem(sys.modules, "wandb", module)
-    return module
-
+from tests.runs import config_of
 
 # Files -------------------------------------------------------------------------------------------
 
@@ -143,118 +85,8 @@ def test_missing_file_has_no_lines(tmp_path):
 
 def test_files_alone_never_import_wandb(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it would raise
-    tracker = build_tracker(tmp_path, config_of().tracking, run=RUN, last_step=0)
+    tracker = build_tracker(tmp_path, config_of(), last_step=0)
     tracker.log(1, {"train/loss": 1.0})
     tracker.finish({}, {})
     tracker.close()
-    assert len(read_metrics(tmp_path)) == 1
-
-
-# Weights & Biases --------------------------------------------------------------------------------
-
-
-def start(tmp_path: Path):
-    return build_tracker(tmp_path, WANDB, run=RUN, last_step=0)
-
-
-def test_wandb_is_offline_without_a_key(tmp_path, wandb):
-    start(tmp_path).close()
-    (settings,) = wandb.started
-    assert (settings["mode"], settings["resume"]) == ("offline", None)
-    assert (settings["dir"], settings["id"], settings["group"]) == (tmp_path, "run-1", "digits")
-    assert (settings["project"], settings["tags"]) == ("cola", ["a"])
-
-
-def test_wandb_is_online_with_a_key(tmp_path, wandb, monkeypatch):
-    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    start(tmp_path).close()
-    assert (wandb.started[0]["mode"], wandb.started[0]["resume"]) == ("online", "allow")
-
-
-def test_wandb_is_online_with_a_key_of_an_earlier_login(tmp_path, wandb):
-    home = tmp_path / "home"
-    home.mkdir()
-    (home / ".netrc").write_text("machine api.wandb.ai login user password secret\n")
-    (home / ".netrc").chmod(0o600)
-    start(tmp_path).close()
-    assert wandb.started[0]["mode"] == "online"
-
-
-def test_wandb_mode_wins_over_the_key(tmp_path, wandb, monkeypatch):
-    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    start(tmp_path).close()
-    assert wandb.started[0]["mode"] == "disabled"
-
-
-def test_wandb_gets_samples_as_a_table(tmp_path, wandb):
-    tracker = start(tmp_path)
-    tracker.log_samples(3, "test", [SAMPLE])
-    tracker.log_samples(3, "empty", [])
-    tracker.close()
-    columns, rows = ["step", "input", "prediction", "reference"], [[3, "a", "b", "c"]]
-    assert wandb.run.logged == [(None, {"samples/test": (columns, rows)})]
-
-
-def test_wandb_gets_lines_summary_and_figures(tmp_path, wandb):
-    tracker = start(tmp_path)
-    tracker.log(3, {"train/loss": 1.0})
-    tracker.finish({"steps": 3}, {"curve": tmp_path / "curve.png"})
-    tracker.close()
-    assert wandb.run.logged[0] == (3, {"train/loss": 1.0})
-    assert wandb.run.logged[1][1] == {"curve": f"image of {tmp_path / 'curve.png'}"}
-    assert wandb.run.summary == {"steps": 3}
-    assert wandb.run.is_finished
-
-
-@pytest.mark.parametrize("error", [WandbError("no service"), OSError("no service")], ids=repr)
-def test_wandb_that_cannot_start_leaves_the_files(tmp_path, wandb, caplog, error):
-    wandb.error = error
-    with caplog.at_level(logging.WARNING):
-        tracker = start(tmp_path)
-    tracker.log(1, {"train/loss": 1.0})
-    tracker.close()
-    assert "Weights & Biases failed (no service); the run goes on with metrics.jsonl" in caplog.text
-    assert len(read_metrics(tmp_path)) == 1
-
-
-@pytest.mark.parametrize("error", [WandbError("died"), BrokenPipeError("died")], ids=repr)
-def test_wandb_that_fails_later_never_stops_a_run(tmp_path, wandb, error):
-    tracker = start(tmp_path)
-    wandb.run.error = error
-    tracker.log(1, {"train/loss": 1.0})
-    tracker.log_samples(1, "test", [SAMPLE])
-    tracker.finish({}, {})
-    tracker.close()
-    assert len(read_metrics(tmp_path)) == 1
-
-
-def test_run_hands_its_configuration_to_wandb(tmp_path, wandb):
-    with small_synthetic():
-        done = run(tmp_path / "family" / "r1", "task=synthetic", "tracking=wandb",
-                   "trainer.max_steps=1")  # fmt: skip
-    (settings,) = wandb.started
-    assert (settings["id"], settings["group"]) == ("r1", "family")
-    assert settings["config"]["trainer"]["max_steps"] == 1
-    json.dumps(settings["config"])
-    assert wandb.run.summary == done.summary
-
-
-@pytest.mark.slow
-def test_real_wandb_writes_offline_files_and_never_prompts(tmp_path):
-    code = (
-        "from pathlib import Path; from tests.test_tracking import RUN, WANDB\n"
-        "from cola.tracking import build_tracker\n"
-        "tracker = build_tracker(Path('.'), WANDB, run=RUN, last_step=0)\n"
-        "tracker.log(1, {'train/loss': 1.0}); tracker.finish({'steps': 1}, {}); tracker.close()"
-    )
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
-    environment |= {"HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL,
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "Weights & Biases is off" not in done.stderr
-    assert list(tmp_path.glob("wandb/offline-run-*/run-run-1.wandb"))
     assert len(read_metrics(tmp_path)) == 1
