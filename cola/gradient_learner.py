@@ -112,8 +112,8 @@ class GradientLearner:
             self._timer.measure(),
             self._taps.recording(version, rows, following) as backward,
         ):
-            logits = self._base_model(**batch.inputs).logits
-            weighted, loss = self._loss(logits, batch)
+            # Logits are not named: of a language model they are too large to outlive their use.
+            weighted, loss = self._loss(self._base_model(**batch.inputs).logits, batch)
             backward()
             weighted.backward()  # type: ignore[no-untyped-call]
         self._row_dropping.settle()

@@ -2,8 +2,10 @@
 
 import copy
 import functools
+import weakref
 
 import pytest
+from torch import Tensor
 
 from cola.adapters import Adapter
 from cola.config.choices import AdapterKind, MergeMode
@@ -58,3 +60,30 @@ def test_weights_equal_autograd(
     assert tiny.distance(learner.export(), wanted, start) <= EXACT
     assert found == pytest.approx(losses, rel=EXACT)
     learner.close()
+
+
+@pytest.mark.parametrize("method", ["cola", "autograd"])
+def test_logits_are_gone_when_hidden_gradients_come(method: str) -> None:
+    """Logits of a language model are among the largest tensors of a step."""
+    logits: list[weakref.ref[Tensor]] = []
+    was_there: list[bool] = []
+
+    class Watched(tiny.TinyNet):
+        def forward(self, features: Tensor) -> tiny.Output:
+            output = super().forward(features)
+            logits.append(weakref.ref(output.logits))
+            return output
+
+    base = tiny.net(Watched)
+    base.get_submodule("query").register_forward_hook(
+        lambda module, args, hidden: (
+            hidden.requires_grad_().register_hook(
+                lambda gradient: was_there.append(logits[-1]() is not None)
+            )
+            and None
+        )
+    )
+    start = tiny.filled_adapters(base, AdapterKind.linear)
+    build = tiny.gradient_learner if method == "cola" else tiny.oracle_learner
+    tiny.train(build(base, start), tiny.batches(base, 2))
+    assert was_there == [False, False]

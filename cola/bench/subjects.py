@@ -60,8 +60,8 @@ class Floor:
     def step(self, batch: Batch) -> None:
         """Forward and backward."""
         with self._timer.measure():
-            logits = self._model(**batch.inputs).logits
-            task_loss(self._objective, logits, batch).backward()  # type: ignore[no-untyped-call]
+            loss = task_loss(self._objective, self._model(**batch.inputs).logits, batch)
+            loss.backward()  # type: ignore[no-untyped-call]
 
     def finish(self) -> None:
         """Waits for the device."""

@@ -117,7 +117,7 @@ class OffloadPlan:
             return [ThreadWorker(f"offload-{device}", device, num_threads=1)]
         cores = torch.get_num_threads()
         num = self.workers or max(1, cores // CORES_PER_WORKER)
-        threads = min(max(1, cores // num), CORES_PER_WORKER)
+        threads = max(1, cores // num)
         return [ThreadWorker(f"offload-{i}", device, num_threads=threads) for i in range(num)]
 
 
