@@ -50,10 +50,17 @@ class _Origin(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Block:
-    """A block and its own forward."""
+    """A block and its own forward.
+
+    Attributes:
+        module: the block.
+        forward: what its calls run; the class's, unless somebody replaced it.
+        was_replaced: whether somebody did.
+    """
 
     module: nn.Module
     forward: Callable[..., Any]
+    was_replaced: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +95,7 @@ class BlockGraphs:
         self._taps, self._capturer = taps, capturer
         self._device = taps.anchor.device
         self._blocks = [
-            _Block(module=module, forward=module.forward)
+            _Block(module=module, forward=module.forward, was_replaced="forward" in vars(module))
             for module in find_blocks(base_model, taps.sites)
         ]
         self._captured: dict[_Shape, Captured] = {}
@@ -116,7 +123,10 @@ class BlockGraphs:
     def remove(self) -> None:
         """Gives the blocks their own forward methods back."""
         for block in self._blocks:
-            block.module.forward = block.forward
+            if block.was_replaced:
+                block.module.forward = block.forward
+            else:
+                del block.module.forward
         self._captured.clear()
 
     def _begin(self, batch: BatchShape) -> None:

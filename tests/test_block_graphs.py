@@ -161,7 +161,7 @@ def test_later_block_called_otherwise_runs_as_ever() -> None:
 
 def test_evaluation_and_what_comes_after_use_own_forwards() -> None:
     net = tiny.net(LayeredNet)
-    forwards = [layer.forward for layer in net.modules() if isinstance(layer, Layer)]
+    net.first[0].forward = own = net.first[0].forward  # type: ignore[method-assign,index,union-attr]
     capturer = Rerun()
     learner = learner_of(net, tiny.filled_adapters(net, AdapterKind.lowrank), capturer)
     stream = [tiny.batches(net, 1)[0]] * 3
@@ -171,7 +171,9 @@ def test_evaluation_and_what_comes_after_use_own_forwards() -> None:
         model(**stream[0].inputs)
     assert capturer.num_replays == replays > 0
     learner.close()
-    assert [layer.forward for layer in net.modules() if isinstance(layer, Layer)] == forwards
+    layers = [layer for layer in net.modules() if isinstance(layer, Layer)]
+    assert ["forward" in vars(layer) for layer in layers] == [True, False, False, False]
+    assert layers[0].forward is own
 
 
 def test_number_of_shapes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

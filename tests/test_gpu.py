@@ -148,6 +148,31 @@ def test_replayed_blocks_equal_autograd(
     learner.close()
 
 
+class DroppingNet(layered.LayeredNet):
+    """A `LayeredNet` that draws random numbers in every layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for layer in (*self.first, *self.second):
+            layer.again = torch.nn.Sequential(torch.nn.Dropout(0.4), layer.again)
+
+
+def test_replays_draw_the_random_numbers_that_blocks_would() -> None:
+    plain = tiny.net(DroppingNet)
+    start = tiny.filled_adapters(plain, AdapterKind.lowrank)
+    stream = [batch.to(torch.device("cuda")) for batch in tiny.batches(plain, 12)]
+    losses = []
+    for capturer in (None, CudaCapturer(torch.device("cuda:0"))):
+        base = tiny.net(DroppingNet).cuda()
+        learner = build_gradient_learner(
+            base, tiny.specs(base), copy.deepcopy(start), tiny.settings(capturer=capturer)
+        )
+        torch.manual_seed(5)
+        losses.append(tiny.train(learner, stream))
+        learner.close()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-10)
+
+
 OWNERS = [[0, 0, 1, 2], [0, 2, 2, 2, 2], [1, 1], [0, 1, 2], [2, 2, 2], [0], [0, 1, 1, 2, 2]]
 USERS = {
     "alone": (UsersMode.alone, ("lowrank:3", "linear", "mlp"), UserGradient.federated),
