@@ -56,6 +56,7 @@ class Installer:
         self._num_bytes: dict[SiteName, int] = {}  # of what came last
         self._following: int | None = None
         self._released: list[SiteName] = []  # not installed yet
+        self._early: frozenset[SiteName] = frozenset()  # came during the last backward pass
 
     def begin(self, version: int, following: int | None = None) -> None:
         """A new forward pass; everything that used older parameters has been issued.
@@ -67,6 +68,7 @@ class Installer:
         self._version, self._following = version, following
         self._ahead = 0
         self._released = []
+        self._early = frozenset(self._arrivals)
         if self._stream is not None:
             self._base = torch.cuda.current_stream(self._device)
             self._stream.wait_stream(self._base)
@@ -117,7 +119,7 @@ class Installer:
         if self._ahead == len(self._order):
             return
         coming: list[SiteName] = []
-        num_bytes = sum(self._num_bytes[site] for site in self._arrivals)
+        num_bytes = sum(self._num_bytes[s] for s in self._arrivals if s not in self._early)
         while self._ahead < len(self._order) and num_bytes < FETCHED_AHEAD_BYTES:
             site = self._order[self._ahead]
             if self._installed.get(site) != self._version:
