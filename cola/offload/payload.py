@@ -6,27 +6,18 @@ D H / (D + H) tokens, and forming it takes the base device one more product of t
 backward pass; forming it on a host's CPU may take seconds. Both are exact.
 """
 
-import copy
 import logging
-import statistics
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from cola.adaptation_data import AdaptationData
 from cola.adapters import Adapter, LinearAdapter
 from cola.config.choices import Payload
-from cola.gradient_learning import adapter_gradients
-from cola.runtime import product_dtype
+from cola.offload.timing import gradient_seconds, median_seconds
 from cola.sites import SiteKind, SiteName, SiteSpec
 
 logger = logging.getLogger(__name__)
-
-MEASURED_ROWS = 1024
-"""Rows that are measured at most; more take proportionally longer."""
 
 MEASURED_BYTES = 32 << 20
 """Size of the copy that the wire is measured with."""
@@ -97,27 +88,9 @@ def _measure(adapter: Adapter, base: torch.device, dtype: torch.dtype, num_rows:
     factor_bytes = num_rows * (spec.in_features + spec.out_features) * dtype.itemsize
     gradient_bytes = sum(parameter.numel() for parameter in adapter.parameters()) * dtype.itemsize
     return Seconds(
-        factors=max(factor_bytes / rate, _product_seconds(adapter, home, dtype, num_rows)),
-        gradient=max(gradient_bytes / rate, _product_seconds(adapter, base, dtype, num_rows)),
+        factors=max(factor_bytes / rate, gradient_seconds(adapter, home, dtype, num_rows)),
+        gradient=max(gradient_bytes / rate, gradient_seconds(adapter, base, dtype, num_rows)),
     )
-
-
-def _product_seconds(
-    adapter: Adapter, device: torch.device, dtype: torch.dtype, num_rows: int
-) -> float:
-    rows = min(num_rows, MEASURED_ROWS)
-    spec = adapter.spec
-    x = torch.randn(rows, spec.in_features, device=device).to(dtype)
-    gradient = torch.randn(rows, spec.out_features, device=device).to(dtype)
-    data = AdaptationData(hidden_input=x, hidden_gradient=gradient)
-    data = data.to(product_dtype(x, next(adapter.parameters()).dtype))
-    own = adapter if device == next(adapter.parameters()).device else _copy_to(adapter, device)
-    seconds = _median_seconds(lambda: adapter_gradients(own, data, 1.0).values(), [device])
-    return seconds * num_rows / rows
-
-
-def _copy_to(adapter: Adapter, device: torch.device) -> Adapter:
-    return copy.deepcopy(adapter).to(device)
 
 
 def _wire_rate(base: torch.device, home: torch.device) -> float:
@@ -126,23 +99,8 @@ def _wire_rate(base: torch.device, home: torch.device) -> float:
         return float("inf")
     here = torch.empty(MEASURED_BYTES, dtype=torch.uint8, device=base)
     there = torch.empty_like(here, device=home, pin_memory=home.type == "cpu")
-    seconds = _median_seconds(lambda: [there.copy_(here, non_blocking=True)], [base, home])
+    seconds = median_seconds(lambda: [there.copy_(here, non_blocking=True)], [base, home])
     return MEASURED_BYTES / seconds
-
-
-def _median_seconds(
-    action: Callable[[], Iterable[Tensor]], devices: Iterable[torch.device]
-) -> float:
-    """Of five, after two that warm up."""
-    gpus = [device for device in devices if device.type == "cuda"]
-    seconds = []
-    for _ in range(7):
-        start = time.perf_counter()
-        action()
-        for device in gpus:
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[2:])
 
 
 def _log(spec: SiteSpec, seconds: Seconds, num_rows: int) -> None:
