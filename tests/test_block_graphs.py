@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import cola.offload.placing
 from cola.block_graphs import find_blocks
 from cola.config.choices import AdapterKind, MergeMode, Objective
+from cola.cuda_capture import _span
 from cola.errors import ConfigError, TrainingError
 from cola.gradient_learner import GradientLearner
 from cola.gradient_wiring import build_gradient_learner, resolve_settings
@@ -226,6 +227,15 @@ def test_blocks_are_the_outermost_lists_with_sites() -> None:
     model.layers = nested
     assert find_blocks(model, ["layers.0.1.0"]) == list(nested)
     assert find_blocks(model, ["head"]) == [model]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "num"),
+    [(torch.zeros(3, 4), 12), (torch.zeros(3, 4).T, 12), (torch.zeros(3, 4)[:, 1:3], 10),
+     (torch.zeros(3, 1).expand(3, 5), 3), (torch.zeros(()), 1)],
+)  # fmt: skip
+def test_memory_of_a_view_ends_with_its_last_element(tensor: Tensor, num: int) -> None:
+    assert _span(tensor) == num * tensor.element_size()
 
 
 @pytest.mark.parametrize(
