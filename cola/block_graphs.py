@@ -254,4 +254,5 @@ def find_blocks(base_model: nn.Module, sites: Sequence[SiteName]) -> list[nn.Mod
         holds = any(site.startswith(f"{name}.") for site in sites)
         if isinstance(module, nn.ModuleList) and holds and not is_inside:
             lists[name] = module
-    return [block for members in lists.values() for block in members] or [base_model]
+    blocks = dict.fromkeys(block for members in lists.values() for block in members)
+    return list(blocks) or [base_model]

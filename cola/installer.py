@@ -86,7 +86,10 @@ class Installer:
         self._fetch_ahead()
 
     def release(self, sites: Iterable[SiteName]) -> None:
-        """Nothing of this pass that is issued from here on uses the parameters of these sites."""
+        """The backward pass has left these sites, or has left one of their runs.
+
+        A fit that ended has met the gradients of all of them.
+        """
         version = self._following
         if version is None:
             return

@@ -190,7 +190,7 @@ class Taps:
 
     def leave(self, sites: Iterable[SiteName]) -> None:
         """The backward pass has left a replayed block with these sites."""
-        self._installer.release(site for site in set(sites) if self._num_open[site] == 0)
+        self._installer.release(set(sites))
 
     def install_all(self, version: int) -> None:
         """Brings every site to one version; the source must have drained."""
@@ -232,7 +232,7 @@ class Taps:
         self._phase = _Phase.backward
 
     def _before(self, site: SiteName, module: nn.Module, args: Any) -> None:
-        if self._phase is _Phase.forward:
+        if self._phase is _Phase.forward and self._tape is None:
             self._installer.require(site)
 
     def _after(

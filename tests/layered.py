@@ -7,7 +7,10 @@ from tests import tiny
 
 
 class Layer(nn.Module):
-    """query and value share their input, `again` runs twice; `gate` is the model's for all."""
+    """query and value share their input, `again` runs twice; `gate` is the model's for all.
+
+    Nobody uses its last output.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -15,10 +18,12 @@ class Layer(nn.Module):
         self.value = nn.Linear(6, 6)
         self.again = nn.Linear(6, 6)
 
-    def forward(self, x: Tensor, scale: float, *, gate: dict[str, Tensor]) -> tuple[Tensor, str]:
+    def forward(
+        self, x: Tensor, scale: float, *, gate: dict[str, Tensor]
+    ) -> tuple[Tensor, str, Tensor]:
         inner = torch.tanh(x)
         mixed = torch.tanh(self.query(inner)) * self.value(inner) * gate["gate"]
-        return x + scale * self.again(torch.tanh(self.again(mixed))), "constant"
+        return x + scale * self.again(torch.tanh(self.again(mixed))), "constant", mixed
 
 
 class LayeredNet(nn.Module):
@@ -36,8 +41,8 @@ class LayeredNet(nn.Module):
         gate = {"gate": torch.sigmoid(self.gates(features))}
         x = features
         for layer in self.first:
-            x, _ = layer(x, self.scale, gate=gate)
+            x, *_ = layer(x, self.scale, gate=gate)
         middle = x
         for layer, scale in zip(self.second, (self.scale, self.last_scale), strict=True):
-            x, _ = layer(x, scale, gate=gate)
+            x, *_ = layer(x, scale, gate=gate)
         return tiny.Output(self.head((x + middle).mean(dim=1)))

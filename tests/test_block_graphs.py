@@ -5,7 +5,9 @@ what was released is overwritten before anybody could rely on it.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import cola.offload.placing
+from cola.bank import Bank
 from cola.block_graphs import find_blocks
 from cola.config.choices import AdapterKind, MergeMode, Objective
 from cola.cuda_capture import _span
@@ -42,6 +45,7 @@ class Rerun:
 
     def __init__(self) -> None:
         self.num_captures = self.num_replays = 0
+        self._released: list[tuple[int, Tensor]] = []
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -49,10 +53,14 @@ class Rerun:
 
     def capture(self, work: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], None]]:
         self.num_captures += 1
+        number = self.num_captures
         written = [tensor.clone().fill_(torch.nan) for tensor in work()]
 
         def replay() -> None:
             self.num_replays += 1
+            for since, memory in self._released:
+                if since < number:  # what was released before this was captured lies open to it
+                    memory.fill_(torch.nan)
             with torch.enable_grad():  # a node of autograd replays
                 again = work()
             for memory, tensor in zip(written, again, strict=True):
@@ -61,11 +69,12 @@ class Rerun:
         return written, replay
 
     def alias(self, tensor: Tensor) -> Tensor:
+        self._released.append((self.num_captures, tensor))
         return tensor.view_as(tensor)
 
 
 def learner_of(
-    net: nn.Module, start: dict[str, Any], capturer: Rerun, **settings: Any
+    net: nn.Module, start: dict[str, Any], capturer: Rerun | None, **settings: Any
 ) -> GradientLearner:
     return build_gradient_learner(
         net, tiny.specs(net), copy.deepcopy(start), tiny.settings(capturer=capturer, **settings)
@@ -160,6 +169,104 @@ def test_later_block_called_otherwise_runs_as_ever() -> None:
     learner.close()
 
 
+class TwiceNet(LayeredNet):
+    """The first layer runs twice, and shares a site with the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first[1] = self.first[0]
+        self.second[1].query = self.second[0].query
+
+
+def test_second_run_of_a_block_runs_as_ever() -> None:
+    stream = tiny.batches(TwiceNet(), 11)
+    for mode in (MergeMode.unmerged, MergeMode.merged):
+        distance, capturer = distance_from_autograd(
+            TwiceNet, AdapterKind.lowrank, stream, 1, mode=mode, offload=tiny.offload_plan(2)
+        )
+        assert distance <= EXACT
+        assert capturer.num_captures == 3 * 3 * 2
+
+
+def test_a_batch_that_was_changed_in_place_is_read_again() -> None:
+    batch = tiny.batches(LayeredNet(), 1)[0]
+    start = tiny.filled_adapters(tiny.net(LayeredNet), AdapterKind.lowrank)
+    oracle = tiny.oracle_learner(tiny.net(LayeredNet), start)
+    learner = learner_of(tiny.net(LayeredNet), start, Rerun())
+    for number in range(1, 6):
+        batch.inputs["features"].mul_(1.3)
+        closing = Adaptation(number=number, learning_rate=0.05)
+        for one in (learner, oracle):
+            one.record(batch, closing)
+            one.update(closing)
+    assert tiny.distance(learner.export(), oracle.export(), start) <= EXACT
+    learner.close()
+
+
+def test_stale_parameters_are_those_of_a_run_without_graphs() -> None:
+    start = tiny.filled_adapters(tiny.net(LayeredNet), AdapterKind.lowrank)
+    stream = tiny.batches(LayeredNet(), 12)
+    plan = dataclasses.replace(tiny.offload_plan(2), staleness=1)
+    losses = []
+    for capturer in (None, Rerun()):
+        learner = learner_of(tiny.net(LayeredNet), start, capturer, offload=plan)
+        losses.append(tiny.train(learner, stream))
+        learner.close()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-10)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("mode", [MergeMode.unmerged, MergeMode.merged], ids=lambda m: m.name)
+def test_parameters_stay_where_graphs_read_them(mode: MergeMode, workers: int) -> None:
+    net = tiny.net(LayeredNet)
+    start = tiny.filled_adapters(net, AdapterKind.lowrank)
+    plan = tiny.offload_plan(workers)
+    learner = learner_of(net, start, Rerun(), mode=mode, offload=plan)
+    placement = learner._placement
+
+    def addresses() -> list[int]:
+        beside = isinstance(placement, Bank)
+        modules = [placement.adapter(site) for site in start] if beside else [net]
+        return [parameter.data_ptr() for one in modules for parameter in one.parameters()]
+
+    stream = [tiny.batches(net, 1)[0]] * 4
+    tiny.train(learner, stream[:2])
+    before = addresses()
+    learner.load_state_dict(learner.state_dict())
+    with learner.evaluating(merged=mode is MergeMode.unmerged) as model, torch.no_grad():
+        model(**stream[0].inputs)
+    tiny.train(learner, stream)
+    assert addresses() == before
+    learner.close()
+
+
+class TwoInputs(LayeredNet):
+    """What the second list of layers reads may have another shape than what the first does."""
+
+    def forward(self, features: Tensor, more: Tensor) -> tiny.Output:  # type: ignore[override]
+        x, y = features, more
+        for layer in self.first:
+            x, *_ = layer(x, 0.5, gate={"gate": torch.sigmoid(self.gates(x))})
+        for layer in self.second:
+            y, *_ = layer(y, 0.5, gate={"gate": torch.sigmoid(self.gates(y))})
+        return tiny.Output(self.head(x.mean(dim=1) + y.mean(dim=1)))
+
+
+def test_every_shape_of_the_whole_batch_is_captured() -> None:
+    """As of an encoder-decoder: equal for the first block, another for later ones."""
+    stream = [
+        dataclasses.replace(
+            batch, inputs={"features": batch.inputs["features"][:, :2], "more": more}
+        )
+        for batch in [tiny.batches(LayeredNet(), 1)[0]] * 5
+        for more in (batch.inputs["features"], batch.inputs["features"][:, :3])
+    ]
+    distance, capturer = distance_from_autograd(TwoInputs, AdapterKind.lowrank, stream, 1)
+    assert distance <= EXACT
+    assert capturer.num_captures == 2 * 4 * 2
+    assert capturer.num_replays == 2 * 3 * 4 * 2
+
+
 def test_evaluation_and_what_comes_after_use_own_forwards() -> None:
     net = tiny.net(LayeredNet)
     net.first[0].forward = own = net.first[0].forward  # type: ignore[method-assign,index,union-attr]
@@ -201,7 +308,14 @@ def test_parameters_return_while_the_backward_pass_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     released: list[str] = []
-    install = Installer.release
+    installed: list[tuple[str, int]] = []
+    install, fetch = Installer.release, Installer._fetch
+
+    def count(self: Installer, sites: Sequence[str], version: int) -> None:
+        installed.extend((site, version) for site in sites)
+        fetch(self, sites, version)
+
+    monkeypatch.setattr(Installer, "_fetch", count)
 
     def note(self: Installer, sites: Iterable[str]) -> None:
         own = list(sites)
@@ -216,6 +330,7 @@ def test_parameters_return_while_the_backward_pass_goes_on(
     tiny.train(learner, [tiny.batches(net, 1)[0]] * 3)
     assert sorted(released) == sorted(name for name in tiny.specs(net) if "." in name)
     assert released[0].startswith("second.1.")
+    assert max(Counter(installed).values()) == 1
     learner.close()
 
 
