@@ -95,7 +95,7 @@ def build_gradient_learner(
     plan = settings.offload
     # Adapters are fitted in float32 at least, whatever the base model computes in.
     master = torch.promote_types(torch.float32, weight.dtype)
-    placed = plan.place({site: adapters[site] for site in sites}, weight, master)
+    placed = plan.place({site: adapters[site] for site in sites}, weight.device, master)
     owned = {site: adapter for group in placed for site, adapter in group.adapters.items()}
     owned = {site: owned[site] for site in sites}
     buffers = Buffers()

@@ -9,12 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from cola.config.choices import OffloadTarget, Payload, WireDType
 from cola.config.schema import OffloadConfig
 from cola.errors import ConfigError
-from cola.offload.timing import FitClock
 from cola.offload.transfer import Transfer
 from cola.offload.worker import InlineWorker, ThreadWorker, Worker
 from cola.sites import SiteName
@@ -63,7 +61,7 @@ class OffloadPlan:
         wire_dtype: what data is rounded to on the wire; None: as the base has it.
         payload: what of a site leaves the base device.
         base_gradients: `payload=auto` may form any adapter's gradient there.
-        num_rows: N, of a whole batch, which what is chosen by measuring is measured for.
+        num_rows: N, of a whole batch, for `payload=auto` to measure with.
     """
 
     devices: tuple[torch.device, ...] = ()
@@ -81,19 +79,18 @@ class OffloadPlan:
         return bool(self.devices)
 
     def place(
-        self, adapters: Mapping[SiteName, SiteAdapter], weight: Tensor, dtype: torch.dtype
+        self, adapters: Mapping[SiteName, SiteAdapter], base: torch.device, dtype: torch.dtype
     ) -> list[Group]:
         """Moves adapters to where they are fitted.
 
-        Where there are several places, a fit of every shape is measured first, and the work is
-        spread evenly by that.
+        Spread by their number of parameters, which is the same in every run, and not by what their
+        fits are measured to take: which adapters are fitted in one product decides the last bits.
 
         Args:
             adapters: by site, in the order of the base model; taken over.
-            weight: of the base model: says its device, and the type of what it computes.
+            base: device of the base model.
             dtype: of parameters and optimizer states.
         """
-        base = weight.device
         blocks = _blocks(list(adapters))
         if not self.overlaps:
             transfer = Transfer(base, base)
@@ -106,14 +103,10 @@ class OffloadPlan:
             for transfer in [Transfer(base, device, wire_dtype=self.wire_dtype)]
             for worker in self._workers(device)
         ]
-        sizes = [sum(num_parameters(adapters[site]) for site in block) for block in blocks]
-        costs: Sequence[float] = sizes
-        if len(places) > 1:
-            clock = FitClock(self.devices[0], weight.dtype, dtype, self.num_rows)
-            costs = [sum(clock.seconds(adapters[site]) for site in block) for block in blocks]
+        costs = [sum(num_parameters(adapters[site]) for site in block) for block in blocks]
         groups = []
         for (worker, transfer), own in zip(places, _spread(costs, len(places)), strict=True):
-            runs = _joined([(blocks[index], sizes[index]) for index in own])
+            runs = _joined([(blocks[index], costs[index]) for index in own])
             if transfer.target.type == "cuda":
                 runs = _parts([blocks[index] for index in own], FITS_PER_GPU)
             for run in runs:
@@ -193,13 +186,13 @@ def _blocks(sites: Sequence[SiteName]) -> list[list[SiteName]]:
     return [[site for _, site in pairs] for _, pairs in grouped]
 
 
-def _spread(costs: Sequence[float], num_places: int) -> list[list[int]]:
+def _spread(costs: Sequence[int], num_places: int) -> list[list[int]]:
     """Indices of the blocks of each place: a block goes where there is least to do so far.
 
     Data arrives in the order of the backward pass, the last first, so that neighbours, which arrive
     together, go to different places.
     """
-    loads = [0.0] * num_places
+    loads = [0] * num_places
     places: list[list[int]] = [[] for _ in range(num_places)]
     for index in reversed(range(len(costs))):
         place = min(range(num_places), key=loads.__getitem__)
