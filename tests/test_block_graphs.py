@@ -103,7 +103,7 @@ def distance_from_autograd(
 FORMS = [pair for pair in tiny.ALLOWED if pair[1] is not MergeMode.detached]
 
 
-@pytest.mark.parametrize("wire", ["none", "shared", "late"])
+@pytest.mark.parametrize("wire", ["none", pytest.param("shared", marks=pytest.mark.slow), "late"])
 @pytest.mark.parametrize(("kind", "mode"), FORMS)
 @pytest.mark.parametrize("interval", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_weights_equal_autograd(

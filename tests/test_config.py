@@ -159,8 +159,9 @@ COMPANIONS = {
 
 def every_choice() -> list[tuple[str, str]]:
     """All but rows of tables and figures, whose values have a test of their own."""
+    """All but the experiments of rows; those of one kind with many choices are slow tests."""
     return [
-        (group, choice)
+        pytest.param(group, choice, marks=[pytest.mark.slow] if group in ("model", "task") else [])
         for group, choices in group_choices().items()
         for choice in choices
         if not choice.startswith(("table", "figure"))
@@ -205,7 +206,8 @@ def test_rows_of_the_tables_of_users_are_complete():
 @pytest.mark.parametrize(
     ("row", "is_tiny"),
     [
-        *((row, False) for row in ROWS),
+        (ROWS[0], False),
+        *(pytest.param(row, False, marks=pytest.mark.slow) for row in ROWS[1:]),
         *(pytest.param(row, True, marks=pytest.mark.slow) for row in ROWS),
     ],
 )

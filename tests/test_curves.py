@@ -55,7 +55,8 @@ def test_merged_and_unmerged_linear_adapters_give_one_curve(train):
     assert_one_curve(train(*GPT2, "adapter=linear", "merge=merged"), train(*GPT2, "adapter=linear"))
 
 
-@pytest.mark.parametrize("merge", ["unmerged", pytest.param("merged", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("merge", ["unmerged", "merged"])
 def test_offloaded_fits_give_one_curve(train, merge):
     placed = [] if merge == "unmerged" else ["merge=merged"]
     here = train(*GPT2, *(placed or ["adapter=lowrank"]))

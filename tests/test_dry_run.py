@@ -66,7 +66,7 @@ def test_counts_of_models_that_write(monkeypatch, overrides):
         # Every site's gradient; inputs of 12 blocks, 6 cross queries, and the encoder's output.
         ("bart-base", 36, (36 + 12 + 6 + 1) * 768 * 4),
         ("gpt2", 12, 12 * (768 + 3 * 768) * 4),
-        ("llama-2-7b", 64, (64 + 32) * 4096 * 2),
+        pytest.param("llama-2-7b", 64, (64 + 32) * 4096 * 2, marks=pytest.mark.slow),
     ],
 )
 def test_wire_of_models_that_write_is_that_of_every_token(model, sites, num_bytes):

@@ -54,6 +54,7 @@ def runs() -> list[Path]:
     return sorted(Path("outputs/digits").glob("2*"))
 
 
+@pytest.mark.slow
 def test_jobs_share_processes_and_one_that_dies_takes_no_other_along(caplog):
     with caplog.at_level("INFO"):
         assert sweep("seed=0,102,101,1,2", "resume=once") == 1
