@@ -13,7 +13,7 @@ import logging
 import sys
 from collections.abc import Iterable, Sequence
 
-from cola.cli.app import guard, set_up_logging
+from cola.cli.console import guard, set_up_logging
 from cola.cli.outcome import BAD_CONFIG, FAILED, INTERRUPTED
 from cola.cli.train import COMMAND
 from cola.errors import ConfigError

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from cola.cli import train
-from cola.cli.app import DONE, INTERRUPTED, run_command
+from cola.cli.app import run_command
+from cola.cli.outcome import DONE, INTERRUPTED
 from cola.config.resume import resolve_resume
 from cola.config.schema import ExperimentConfig
 from cola.experiment import run_experiment

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from cola.cli import train as command
-from cola.cli.app import BAD_CONFIG, run_command
+from cola.cli.app import run_command
+from cola.cli.outcome import BAD_CONFIG
 from cola.config.choices import OffloadTarget, WireDType
 from cola.config.schema import OffloadConfig
 from cola.config.validation import validate

@@ -3,7 +3,8 @@
 import pytest
 
 from cola.cli import verify as command
-from cola.cli.app import BAD_CONFIG, DONE, FAILED, run_command
+from cola.cli.app import run_command
+from cola.cli.outcome import BAD_CONFIG, DONE, FAILED
 from cola.offload import user_fitter
 from cola.offload.fitter import AdapterFitter
 from cola.verify import Check, run_checks, verify

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from cola.cli import verify as command
-from cola.cli.app import FAILED, run_command
+from cola.cli.app import run_command
+from cola.cli.outcome import FAILED
 from cola.config.choices import AdapterKind
 from cola.gradient_wiring import build_gradient_learner
 from cola.offload.placing import OffloadPlan

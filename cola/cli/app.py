@@ -1,4 +1,4 @@
-"""The edge that all commands share: arguments, logging, run folder, exit codes.
+"""What the commands share that compose a run: its folder, sweeps, `--cfg`.
 
 Everything heavy (torch, transformers) is imported by a command's `execute`, after the configuration
 was composed and checked: help and configuration errors answer at once.
@@ -7,18 +7,16 @@ was composed and checked: help and configuration errors answer at once.
 import argparse
 import contextlib
 import logging
-import os
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import cola
+from cola.cli.console import command_parser, run_console
 from cola.cli.help import help_text
-from cola.cli.outcome import BAD_CONFIG, DONE, FAILED, INTERRUPTED, Outcome
+from cola.cli.outcome import DONE, FAILED, Outcome
 from cola.config.schema import ExperimentConfig
-from cola.errors import ColaError, ConfigError, OffloadError, TrainingError
+from cola.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -52,36 +50,19 @@ def run_command(command: Command, argv: Sequence[str] | None = None) -> int:
         command: which one.
         argv: arguments without the program's name; None: the process's own.
     """
-    arguments = _parse(command, argv)
-    if arguments.help:
-        sys.stdout.write(
-            help_text(command.name, command.summary, command.examples, command.failure)
-        )
-        return DONE
-    if arguments.version:
-        sys.stdout.write(f"{command.name} {cola.__version__}\n")
-        return DONE
-    set_up_logging()
-    try:
-        return guard(command.name, lambda: _dispatch(command, arguments))
-    except KeyboardInterrupt:
-        logger.error("interrupted")
-        return INTERRUPTED
-
-
-def _parse(command: Command, argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=command.name,
-        add_help=False,
-        allow_abbrev=False,
-        usage=f"{command.name} [options] [group=choice ...] [key=value ...] (see --help)",
-    )
-    parser.add_argument("-h", "--help", action="store_true")
-    parser.add_argument("--version", action="store_true")
+    usage = "[options] [group=choice ...] [key=value ...] (see --help)"
+    parser = command_parser(command.name, usage)
     parser.add_argument("-m", "--multirun", action="store_true")
     parser.add_argument("--cfg", choices=["job"])
     parser.add_argument("overrides", nargs="*")
-    return parser.parse_intermixed_args(argv)
+    return run_console(
+        parser,
+        argv,
+        help_text=lambda: help_text(
+            command.name, command.summary, command.examples, command.failure
+        ),
+        action=lambda arguments: _dispatch(command, arguments),
+    )
 
 
 def _dispatch(command: Command, arguments: argparse.Namespace) -> int:
@@ -166,37 +147,3 @@ def remove_if_empty(folder: Path) -> None:
     """Removes a run's folder that nothing was written to (bad data, dry run, resumed elsewhere)."""
     with contextlib.suppress(OSError):  # not empty, or not there
         folder.rmdir()
-
-
-def guard(name: str, action: Callable[[], int]) -> int:
-    """Runs a command's action, errors become its exit code; an interruption passes through."""
-    try:
-        return action()
-    except BrokenPipeError:  # the reader of the output (head, less) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
-    except Exception as error:
-        return report_error(name, error)
-
-
-def report_error(name: str, error: Exception) -> int:
-    """Says what went wrong, with a traceback where that helps; returns the exit code.
-
-    Args:
-        name: of the command.
-        error: as raised.
-    """
-    # The other errors of ours are found before training.
-    if isinstance(error, ColaError) and not isinstance(error, OffloadError | TrainingError):
-        sys.stderr.write(f"{name}: {error}\n")
-        return BAD_CONFIG
-    logger.error("run failed", exc_info=error)
-    return FAILED
-
-
-def set_up_logging() -> None:
-    """Our messages from INFO on, those of libraries from WARNING on, to stderr."""
-    logging.basicConfig(format="%(asctime)s %(name)s %(message)s", level=logging.WARNING)
-    logging.getLogger("cola").setLevel(logging.INFO)
-    # peft 0.21 asks transformers 5.23 for an attribute by the name it is about to lose.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")

@@ -1,25 +1,19 @@
 """`cola-bench`: time and memory of every method on this machine, the paper's Tables 10 to 18."""
 
-import argparse
-import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import cola
 from cola.bench.row import BenchRow
 from cola.bench.rows import select_rows, with_random_weights
-from cola.cli.app import guard, set_up_logging
+from cola.cli.console import command_parser, run_console
 from cola.cli.help import help_text
-from cola.cli.outcome import DONE, FAILED, INTERRUPTED
+from cola.cli.outcome import DONE, FAILED
 from cola.config.bench_checks import check_bench
 from cola.config.schema import BenchConfig, ExperimentConfig
 from cola.config.validation import validate
 from cola.errors import ConfigError
 from cola.report.bench_table import published_of
 from cola.report.text import format_table, print_text
-
-logger = logging.getLogger(__name__)
 
 NAME = "cola-bench"
 
@@ -53,19 +47,13 @@ def run_bench(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: arguments without the program's name; None: the process's own.
     """
-    parser = argparse.ArgumentParser(
-        prog=NAME,
-        add_help=False,
-        allow_abbrev=False,
-        usage=f"{NAME} [options] [group=choice ...] [key=value ...] (see --help)",
-    )
-    parser.add_argument("-h", "--help", action="store_true")
-    parser.add_argument("--version", action="store_true")
+    parser = command_parser(NAME, "[options] [group=choice ...] [key=value ...] (see --help)")
     parser.add_argument("--dry", action="store_true")
     parser.add_argument("overrides", nargs="*")
-    arguments = parser.parse_intermixed_args(argv)
-    if arguments.help:
-        text = help_text(
+    return run_console(
+        parser,
+        argv,
+        help_text=lambda: help_text(
             NAME,
             _SUMMARY,
             _EXAMPLES,
@@ -73,18 +61,10 @@ def run_bench(argv: Sequence[str] | None = None) -> int:
             hidden=(),
             options=_OPTIONS,
             run_dir=_RUN_DIR,
-        )
-        sys.stdout.write(text)
-        return DONE
-    if arguments.version:
-        sys.stdout.write(f"{NAME} {cola.__version__}\n")
-        return DONE
-    set_up_logging()
-    try:
-        return guard(NAME, lambda: _bench(arguments.overrides, is_dry=arguments.dry))
-    except KeyboardInterrupt:
-        logger.error("interrupted; the same command goes on with the rows that are missing")
-        return INTERRUPTED
+        ),
+        action=lambda arguments: _bench(arguments.overrides, is_dry=arguments.dry),
+        interrupted="interrupted; the same command goes on with the rows that are missing",
+    )
 
 
 def main() -> int:

@@ -1,21 +1,15 @@
 """`cola-evaluate`: scores, per-user scores, samples and generated text of a run's checkpoint."""
 
-import argparse
-import logging
-import sys
 import textwrap
 from collections.abc import Sequence
 
-import cola
-from cola.cli.app import guard, set_up_logging
+from cola.cli.console import command_parser, run_console
 from cola.cli.outcome import BAD_CONFIG, DONE, FAILED, INTERRUPTED
 from cola.config.evaluation import OWN_KEYS, change_settings, changeable_keys, resolve_request
 from cola.config.groups import group_choices
 from cola.config.keys import find_key, nearest_words, schema_keys, word
 from cola.config.validation import validate
 from cola.errors import ConfigError
-
-logger = logging.getLogger(__name__)
 
 NAME = "cola-evaluate"
 
@@ -56,28 +50,11 @@ def run_evaluation(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: arguments without the program's name; None: the process's own.
     """
-    parser = argparse.ArgumentParser(
-        prog=NAME,
-        add_help=False,
-        allow_abbrev=False,
-        usage=f"{NAME} run=PATH [key=value ...] (see --help)",
-    )
-    parser.add_argument("-h", "--help", action="store_true")
-    parser.add_argument("--version", action="store_true")
+    parser = command_parser(NAME, "run=PATH [key=value ...] (see --help)")
     parser.add_argument("lines", nargs="*")
-    arguments = parser.parse_intermixed_args(argv)
-    if arguments.help:
-        sys.stdout.write(_help_text())
-        return DONE
-    if arguments.version:
-        sys.stdout.write(f"{NAME} {cola.__version__}\n")
-        return DONE
-    set_up_logging()
-    try:
-        return guard(NAME, lambda: _evaluate(arguments.lines))
-    except KeyboardInterrupt:
-        logger.error("interrupted")
-        return INTERRUPTED
+    return run_console(
+        parser, argv, help_text=_help_text, action=lambda arguments: _evaluate(arguments.lines)
+    )
 
 
 def main() -> int:

@@ -2,14 +2,12 @@
 
 import argparse
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import cola
-from cola.cli.app import guard, set_up_logging
-from cola.cli.outcome import DONE, INTERRUPTED
+from cola.cli.console import command_parser, run_console
+from cola.cli.outcome import DONE
 from cola.config.keys import nearest_words
 from cola.errors import ConfigError, DataError
 from cola.report.content import COST_TABLES, FIGURES, Content, Wanted, build_content
@@ -37,7 +35,7 @@ Examples:
   {NAME} --table 9 --table 2 outputs     # two tables, printed too; what was not run is a dash
   {NAME} --figure 10 --figure memory     # Figure 10, and accuracy against memory
   {NAME} --grid                          # every row of the paper: its command, its runs
-  {NAME} docs/results --out /tmp/page --format html
+  {NAME} docs/results --out page --format html
 
 Options:
   -h, --help        this text
@@ -74,30 +72,19 @@ def run_report(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: arguments without the program's name; None: the process's own.
     """
-    parser = argparse.ArgumentParser(
-        prog=NAME, add_help=False, allow_abbrev=False, usage=f"{NAME} [options] [PATH ...]"
-    )
-    parser.add_argument("-h", "--help", action="store_true")
-    parser.add_argument("--version", action="store_true")
+    parser = command_parser(NAME, "[options] [PATH ...]")
     parser.add_argument("--table", action="append")
     parser.add_argument("--figure", action="append")
     parser.add_argument("--format", action="append")
     parser.add_argument("--out", type=Path, default=OUTPUTS / "report")
     parser.add_argument("--grid", action="store_true")
     parser.add_argument("paths", nargs="*", type=Path)
-    arguments = parser.parse_intermixed_args(argv)
-    if arguments.help:
-        sys.stdout.write(_HELP)
-        return DONE
-    if arguments.version:
-        sys.stdout.write(f"{NAME} {cola.__version__}\n")
-        return DONE
-    set_up_logging()
-    try:
-        return guard(NAME, lambda: _report(_check(arguments)))
-    except KeyboardInterrupt:
-        logger.error("interrupted")
-        return INTERRUPTED
+    return run_console(
+        parser,
+        argv,
+        help_text=lambda: _HELP,
+        action=lambda arguments: _report(_check(arguments)),
+    )
 
 
 def main() -> int:

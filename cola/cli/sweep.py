@@ -27,10 +27,9 @@ from cola.cli.app import (
     Command,
     execute_run,
     remove_if_empty,
-    report_error,
-    set_up_logging,
     skip,
 )
+from cola.cli.console import report_error, set_up_logging
 from cola.cli.outcome import FAILED, Outcome, report_sweep
 from cola.config.overrides import check_overrides, is_hydra_line
 from cola.config.resume import ONCE, finished_run
