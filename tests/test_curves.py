@@ -41,9 +41,10 @@ def test_lora_and_lowrank_give_one_curve(train, model):
     assert_one_curve(train(*model, "method=lora"), train(*model, "adapter=lowrank"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model",
-    [GPT2, pytest.param(ROBERTA, marks=pytest.mark.slow)],
+    [GPT2, ROBERTA],
     ids=["tiny-gpt2", "tiny-roberta"],
 )
 def test_merged_and_unmerged_give_one_curve(train, model):

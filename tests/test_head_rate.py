@@ -21,7 +21,11 @@ ONE_SGD_STEP = (
 
 @pytest.mark.parametrize(
     "method",
-    ["adapter=lowrank", pytest.param("offload=cpu", marks=pytest.mark.slow), "method=lora"],
+    [
+        "adapter=lowrank",
+        pytest.param("offload=cpu", marks=pytest.mark.slow),
+        pytest.param("method=lora", marks=pytest.mark.slow),
+    ],
 )
 def test_a_head_moves_at_its_own_rate_and_the_rest_does_not(tmp_path: Path, method: str) -> None:
     def moved(name: str, *overrides: str) -> Run:
