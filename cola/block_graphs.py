@@ -7,8 +7,8 @@ without graphs: parameters are waited for site by site, and adaptation data leav
 while the base model goes on.
 
 A batch of one shape is captured when it comes for the second time; others run as ever. What is
-asked of the blocks is that their work depends on shapes alone: reading a value from the GPU ends the
-run, and what Python decides otherwise from call to call goes unnoticed.
+asked of the blocks is that their work depends on shapes alone: reading a value from the GPU ends
+the run, and what Python decides otherwise from call to call goes unnoticed.
 """
 
 import functools
