@@ -76,7 +76,7 @@ figures: install ## the ablation of the adaptation interval, all its 88 runs
 
 REHEARSED := $(addprefix --table ,$(TRAINED)) outputs/smoke-grid
 
-smoke-grid: install ## two steps of all 335 runs of the paper on tiny models, CPU (five minutes)
+smoke-grid: install ## two steps of all 335 runs of the paper on tiny models, CPU (three to five minutes)
 	@$(BIN)/python scripts/run_grid.py all --rehearse hydra/launcher=parallel $(OVERRIDES) $(call print,$(REHEARSED))
 
 smoke-grid-sample: install ## the same for one run of every experiment (a minute)
