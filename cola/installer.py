@@ -56,7 +56,8 @@ class Installer:
         self._num_bytes: dict[SiteName, int] = {}  # of what came last
         self._following: int | None = None
         self._released: list[SiteName] = []  # not installed yet
-        self._early: frozenset[SiteName] = frozenset()  # came during the last backward pass
+        self._coming: dict[SiteName, int] = {}  # bytes of what is fetched before its site runs
+        self._num_coming = 0  # bytes of all of them
 
     def begin(self, version: int, following: int | None = None) -> None:
         """A new forward pass; everything that used older parameters has been issued.
@@ -68,7 +69,7 @@ class Installer:
         self._version, self._following = version, following
         self._ahead = 0
         self._released = []
-        self._early = frozenset(self._arrivals)
+        self._coming, self._num_coming = {}, 0  # what came earlier holds nothing up
         if self._stream is not None:
             self._base = torch.cuda.current_stream(self._device)
             self._stream.wait_stream(self._base)
@@ -79,6 +80,7 @@ class Installer:
             self._fetch([site], self._version)
         if self._stream is None:
             return
+        self._num_coming -= self._coming.pop(site, 0)
         arrival = self._arrivals.pop(site, None)
         if arrival is not None and arrival is not self._last_arrival:
             self._base.wait_event(arrival)
@@ -94,12 +96,13 @@ class Installer:
         if version is None:
             return
         self._released.extend(sites)
-        ready = [site for site in self._released if self._source.is_ready(site, version)]
+        ready = self._source.ready(self._released, version)
         if ready:
             if self._stream is not None:
                 self._stream.wait_stream(self._base)
             self._fetch(ready, version)
-            self._released = [site for site in self._released if site not in ready]
+            fetched = set(ready)
+            self._released = [site for site in self._released if site not in fetched]
 
     def install_all(self, version: int) -> None:
         """Brings every site to one version; the source must have drained."""
@@ -116,23 +119,26 @@ class Installer:
             self._base.wait_stream(self._stream)
         self._installed.clear()
         self._arrivals.clear()
+        self._coming, self._num_coming = {}, 0
 
     def _fetch_ahead(self) -> None:
         """Fetches the next sites that are ready, unless enough are on their way."""
         if self._ahead == len(self._order):
             return
         coming: list[SiteName] = []
-        num_bytes = sum(self._num_bytes[s] for s in self._arrivals if s not in self._early)
+        num_bytes = self._num_coming
         while self._ahead < len(self._order) and num_bytes < FETCHED_AHEAD_BYTES:
             site = self._order[self._ahead]
             if self._installed.get(site) != self._version:
-                if not self._source.is_ready(site, self._version):
+                if not self._source.ready([site], self._version):
                     break
                 coming.append(site)
                 num_bytes += self._num_bytes.get(site, 0)
             self._ahead += 1
         if coming:
             self._fetch(coming, self._version)
+            self._coming.update((site, self._num_bytes[site]) for site in coming)
+            self._num_coming = sum(self._coming.values())
 
     def _fetch(self, sites: Sequence[SiteName], version: int) -> None:
         if self._stream is None:
@@ -156,7 +162,7 @@ class Installer:
     ) -> dict[SiteName, Mapping[str, Tensor]]:
         """Waits for fits; what they publish is written on the present stream."""
         start = time.perf_counter()
-        published = {site: self._source.wait(site, version) for site in sites}
+        published = self._source.wait(sites, version)
         self.stall_seconds += time.perf_counter() - start
         self.placement.install_all(published)
         return published

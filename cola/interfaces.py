@@ -4,7 +4,7 @@ Modules of one layer never import each other: a learner knows `AdaptationSink`, 
 implements it; the trainer knows `Learner`, not which one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -100,11 +100,11 @@ class AdaptationSink(Protocol):
 class ParameterSource(Protocol):
     """Gives adapters back. Algorithm 1, line 15."""
 
-    def is_ready(self, site: SiteName, version: int) -> bool:
-        """Whether `wait` would return at once."""
+    def ready(self, sites: Iterable[SiteName], version: int) -> list[SiteName]:
+        """Those that `wait` would return at once."""
 
-    def wait(self, site: SiteName, version: int) -> Mapping[str, Tensor]:
-        """What the placement published for the site after that adaptation; blocks until then."""
+    def wait(self, sites: Iterable[SiteName], version: int) -> dict[SiteName, Mapping[str, Tensor]]:
+        """What the placement published for sites after that adaptation; blocks until then."""
 
 
 class Placement(Protocol):

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -95,11 +95,12 @@ class Recorder:
             with self.measure(this_worker(), ARRIVAL):
                 return arrived(shipment)
 
-        def wait(fleet: Fleet, site: str, version: int) -> Mapping[str, Tensor]:
-            if fleet.is_ready(site, version):
-                return published(fleet, site, version)
+        def wait(fleet: Fleet, sites: Iterable[str], version: int) -> Any:
+            sites = list(sites)
+            if len(fleet.ready(sites, version)) == len(sites):
+                return published(fleet, sites, version)
             with self.measure(HOST, WAIT):
-                return published(fleet, site, version)
+                return published(fleet, sites, version)
 
         with (
             mock.patch.object(ThreadWorker, "submit", submit),

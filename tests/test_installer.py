@@ -1,6 +1,6 @@
 """When parameters are brought to the sites, with a source that says what is ready."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,11 +17,11 @@ class Source:
     def __init__(self) -> None:
         self.ended: set[tuple[str, int]] = set()
 
-    def is_ready(self, site: str, version: int) -> bool:
-        return (site, version) in self.ended
+    def ready(self, sites: Iterable[str], version: int) -> list[str]:
+        return [site for site in sites if (site, version) in self.ended]
 
-    def wait(self, site: str, version: int) -> Mapping[str, Tensor]:
-        return {"weight": torch.full((1,), version)}
+    def wait(self, sites: Iterable[str], version: int) -> dict[str, Mapping[str, Tensor]]:
+        return {site: {"weight": torch.full((1,), version)} for site in sites}
 
 
 class Placed:

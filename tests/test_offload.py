@@ -127,14 +127,14 @@ def test_a_fit_starts_when_its_site_closes_unless_a_barrier_bars_it(
     fleet = build_fleet(
         offload, dataclasses.replace(PLAIN_SGD, clip=tiny.optimizer("sgd", clip).clip)
     )
-    before = fleet.wait("first", 0)
+    before = fleet.wait(["first"], 0)["first"]
     fleet.begin_step(fit())
     put(fleet, "first", data())
     fleet.close("first")
-    early = fleet.wait("first", 0 if waits else 1)
+    early = fleet.wait(["first"], 0 if waits else 1)["first"]
     assert torch.equal(early["lora_b"], before["lora_b"]) == waits
     fleet.finish()
-    assert not torch.equal(fleet.wait("first", 1)["lora_b"], before["lora_b"])
+    assert not torch.equal(fleet.wait(["first"], 1)["first"]["lora_b"], before["lora_b"])
 
 
 @by_offload
@@ -145,7 +145,7 @@ def test_no_fit_starts_inside_an_interval(build_fleet: FleetBuilder, offload: st
     put(fleet, "first", data())
     fleet.close("first")
     fleet.drain()
-    assert torch.equal(fleet.wait("first", 0)["lora_a"].flatten(), before["first"][:10])
+    assert torch.equal(fleet.wait(["first"], 0)["first"]["lora_a"].flatten(), before["first"][:10])
     assert torch.equal(adapters(fleet)["first"], before["first"])
 
 
@@ -162,7 +162,9 @@ def test_a_site_without_data_does_not_step(build_fleet: FleetBuilder, offload: s
     after = adapters(fleet)
     assert not torch.equal(after["first"], before["first"])
     assert torch.equal(after["second"], before["second"])
-    assert torch.equal(fleet.wait("second", 2)["lora_a"].flatten(), before["second"][:10])
+    assert torch.equal(
+        fleet.wait(["second"], 2)["second"]["lora_a"].flatten(), before["second"][:10]
+    )
 
 
 @by_offload
@@ -275,8 +277,8 @@ def test_an_error_of_a_worker_surfaces_in_the_next_wait(
         put(fleet, site, data())
         fleet.close(site)
     with fitting_fails("first"):
-        fleet.wait("first", 1)
-    assert fleet.wait("second", 1)
+        fleet.wait(["first"], 1)
+    assert fleet.wait(["second"], 1)
 
 
 def test_an_error_of_a_worker_surfaces_in_put_before_memory_fills(
@@ -321,7 +323,7 @@ def test_an_adapter_is_not_stepped_on_half_of_its_data(
     fleet.close("first")
     for number in (1, 2):  # nor by a later fit
         with fitting_fails("first"):
-            fleet.wait("first", number)
+            fleet.wait(["first"], number)
         monkeypatch.undo()
         fleet.begin_step(fit(number + 1))
         put(fleet, "first", data())

@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import pytest
 import torch
@@ -74,16 +74,17 @@ class Probe:
         found = AdaptationData(hidden_input=hidden_input(), hidden_gradient=gradient)
         self.data.setdefault(site, []).append(found)
 
-    def is_ready(self, site: SiteName, version: int) -> bool:
-        return True
+    def ready(self, sites: Iterable[SiteName], version: int) -> list[SiteName]:
+        return list(sites)
 
     def close(self, site: SiteName) -> None:
         self.events.append(("close", site, self.phase))
         self.on_close()
 
-    def wait(self, site: SiteName, version: int) -> Mapping[str, Tensor]:
-        self.events.append(("install", site, self.phase))
-        return self.merger.publish(self.adapters[site])
+    def wait(self, sites: Iterable[SiteName], version: int) -> dict[SiteName, Mapping[str, Tensor]]:
+        sites = list(sites)
+        self.events += [("install", site, self.phase) for site in sites]
+        return {site: self.merger.publish(self.adapters[site]) for site in sites}
 
     def step(self, batch: Batch, version: int = 0) -> None:
         with self.taps.recording(version) as begin_backward:

@@ -4,7 +4,8 @@ The fleet is the base model's whole view of the offload side: adaptation data go
 `close`), parameters of a numbered adaptation come out (`wait`). Algorithm 1, lines 9 to 16.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -145,13 +146,18 @@ class Fleet:
             if slot.version < self._fit.number:
                 slot.fit(self._fit, factor)
 
-    def is_ready(self, site: SiteName, version: int) -> bool:
-        """Whether `wait` would return at once."""
-        return self._slot_of[site].is_ready(version)
+    def ready(self, sites: Iterable[SiteName], version: int) -> list[SiteName]:
+        """Those that `wait` would return at once."""
+        by_slot = itertools.groupby(sites, key=self._slot_of.__getitem__)
+        return [site for slot, own in by_slot if slot.is_ready(version) for site in own]
 
-    def wait(self, site: SiteName, version: int) -> Published:
-        """What was published for a site after an adaptation; waits until its fit has ended."""
-        return self._slot_of[site].published(version)[site]
+    def wait(self, sites: Iterable[SiteName], version: int) -> dict[SiteName, Published]:
+        """What was published for sites after an adaptation; waits until their fits have ended."""
+        found: dict[SiteName, Published] = {}
+        for slot, own in itertools.groupby(sites, key=self._slot_of.__getitem__):
+            published = slot.published(version)
+            found.update((site, published[site]) for site in own)
+        return found
 
     def drain(self) -> None:
         """Returns when everything under way has ended; raises what went wrong in it."""

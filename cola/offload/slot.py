@@ -70,6 +70,10 @@ class _Sent:
     gradients: list[Gradient] = field(default_factory=list)
 
 
+Counted = torch.cuda.Event | None
+"""When data will have been counted in, on a GPU."""
+
+
 class _Edition(NamedTuple):
     """What was published after an adaptation.
 
@@ -107,7 +111,7 @@ class Slot:
         self._overlaps, self._staleness = overlaps, staleness
         self._gathers = berth.gathers
         self._sent = _Sent()
-        self._pending: list[tuple[set[SiteName], Future[None]]] = []  # since the last fit
+        self._pending: list[tuple[set[SiteName], Future[Counted]]] = []  # since the last fit
         blocks = [_Block(set(sites), len(sites)) for sites in berth.blocks]
         self._blocks = {
             site: block for sites, block in zip(berth.blocks, blocks, strict=True) for site in sites
@@ -207,7 +211,7 @@ class Slot:
         """Returns when all data is counted in and no fit is under way; raises what went wrong."""
         self.flush()
         for _, future in self._pending:
-            future.result()
+            self.transfer.follow(future.result())
         self.published(self.version)
 
     def _send(self, block: _Block) -> None:
@@ -234,13 +238,14 @@ class Slot:
         if not sent.sites:
             return
 
-        def run() -> None:
+        def run() -> Counted:
             with _named(sent.sites):
                 self.fitter.accumulate([one.receive() for one in sent.factors])
                 for gradient in sent.gradients:
                     gradient.receive()
             sent.factors.clear()  # the task outlives its data
             sent.gradients.clear()
+            return self.transfer.issued()
 
         self._pending.append((set(sent.sites), self._worker.submit(run)))
 

@@ -97,6 +97,12 @@ class Transfer:
             self._base = torch.cuda.current_stream(source)
             self._stream = torch.cuda.Stream(source)  # type: ignore[no-untyped-call]
             self._produced = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        if self._ends_on_gpu:
+            # A copy between GPUs is ordered with the current streams of both. On a default stream
+            # it would be a barrier for everything on either GPU, and on one for both ways what
+            # comes back would wait for what leaves.
+            self._landing = torch.cuda.Stream(target)  # type: ignore[no-untyped-call]
+            self._returning = torch.cuda.Stream(target)  # type: ignore[no-untyped-call]
 
     def send_once(
         self, tensor: Tensor, spec: SiteSpec, dtype: torch.dtype, kept: KeptRows | None
@@ -145,6 +151,8 @@ class Transfer:
         arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         landed = []
         # Set by hand: `torch.cuda.stream` costs several times as much, at every site.
+        if self._ends_on_gpu:
+            torch.cuda.set_stream(self._landing)
         torch.cuda.set_stream(self._stream)
         try:
             for one in cargo:
@@ -167,15 +175,23 @@ class Transfer:
         return event
 
     def follow(self, event: torch.cuda.Event | None) -> None:
-        """Nothing that this thread issues from here on, at either end, overtakes an event."""
+        """Nothing that this thread issues from here on, at either end, overtakes an event.
+
+        What it fetches from there comes on a stream of its own.
+        """
+        if not self._ends_on_gpu:
+            return
+        here = torch.cuda.current_stream(self._source)
         if event is not None:
-            for device in (self.target, self._source):
-                torch.cuda.current_stream(device).wait_event(event)
+            here.wait_event(event)
+            self._returning.wait_event(event)
+        torch.cuda.set_stream(self._returning)
+        torch.cuda.set_stream(here)  # and with it the device
 
     def settle(self) -> None:
-        """Waits, where data goes, for all that this thread has issued there."""
+        """Waits, where data goes, for all that has been issued there."""
         if self._ends_on_gpu:
-            torch.cuda.current_stream(self.target).synchronize()
+            torch.cuda.synchronize(self.target)
 
     @property
     def _ends_on_gpu(self) -> bool:
