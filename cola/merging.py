@@ -10,20 +10,20 @@ made there, and only what is added comes back, in the dtype of the fits: the fac
 adapters, or the delta weight where those would be no smaller, or where there are none.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from cola.adapters import MergeableAdapter
+from cola.adapters import LowRankAdapter, MergeableAdapter
 from cola.config.choices import Pristine, Rounding
-from cola.rounded_sums import Update, add_rounded, sum_dtype
+from cola.rounded_sums import Update, add_rounded
+from cola.rounding_loss import RoundingLoss, sampled_rows
 from cola.sites import SiteKind, SiteName, SiteSpec, to_base_layout
+from cola.stacked_sums import WeightStack, factors
 from cola.user_adapters import SiteAdapter, UserAdapters, require_linear
-
-NUM_SAMPLED = 1 << 16
-"""Entries of a weight that `Merger.lost_share` looks at, in whole rows (at least one)."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Merger:
         pristine: Pristine = Pristine.host,
         rounding: Rounding = Rounding.nearest,
         homes: Mapping[SiteName, torch.device] | None = None,
+        stacks: bool | None = None,
     ) -> None:
         """Copies the weights as they are.
 
@@ -62,12 +63,15 @@ class Merger:
             pristine: where the copies lie.
             rounding: of the sums.
             homes: where `pristine=host` lies, by site: the device that fits; None: the host.
+            stacks: whether low-rank adapters that are published together are merged into bfloat16
+                weights of one shape by one product; None: on a GPU that fits them.
         """
         self._scale = scale
         self._rounding = rounding
         self._adds_on_base = pristine is Pristine.base
-        self._moved: dict[SiteName, Tensor] = {}  # sampled rows of delta W != 0, as published
-        self._moved_in_use: dict[SiteName, Tensor] = {}
+        self._loss = RoundingLoss()
+        self._may_stack = stacks
+        self._stacks: dict[tuple[SiteName, ...], WeightStack] = {}
         self._sites: dict[SiteName, _Site] = {}
         for name, spec in sites.items():
             module = base_model.get_submodule(name)
@@ -99,9 +103,10 @@ class Merger:
         of rows; in all of them for weights of at most `NUM_SAMPLED` entries. Computed when it is
         asked for: the base device is waited for.
         """
+        merged = {name: self._sites[name] for name in self._loss.sites}
         return {
-            name: _share_unchanged(self._sites[name], moved)
-            for name, moved in self._moved_in_use.items()
+            name: self._loss.share(name, site.weight, site.module.get_parameter("weight").detach())
+            for name, site in merged.items()
         }
 
     @torch.no_grad()
@@ -110,8 +115,7 @@ class Merger:
         adapter = require_linear(adapter)
         site = self._sites[adapter.spec.name]
         update, delta_bias = _update_of(adapter), adapter.delta_bias()
-        if sum_dtype(site.weight, update) is not site.weight.dtype:
-            self._moved[site.spec.name] = update.rows(_sampled_rows(site.weight)) != 0
+        self._loss.publish(site.spec.name, site.weight, update)
         if self._adds_on_base:
             return _snapshot(adapter, update, delta_bias)
         home = update.left.device
@@ -127,7 +131,13 @@ class Merger:
         self, adapters: Mapping[SiteName, SiteAdapter]
     ) -> dict[SiteName, Mapping[str, Tensor]]:
         """The same for several sites."""
-        return {site: self.publish(adapter) for site, adapter in adapters.items()}
+        published: dict[SiteName, Mapping[str, Tensor]] = {}
+        for sites, stack in self._stacked(adapters):
+            if stack is None:
+                published.update((site, self.publish(adapters[site])) for site in sites)
+            else:
+                published.update(self._publish_stack(stack, {s: adapters[s] for s in sites}))
+        return published
 
     @torch.no_grad()
     def install(self, site: SiteName, published: Mapping[str, Tensor]) -> None:
@@ -141,8 +151,7 @@ class Merger:
             parameters = _parameters(merged.module, published.get("bias"))
             for name, tensor in published.items():
                 parameters[name].copy_(tensor, non_blocking=True)
-        if site in self._moved:
-            self._moved_in_use[site] = self._moved[site]
+        self._loss.install(site)
 
     def install_all(self, published: Mapping[SiteName, Mapping[str, Tensor]]) -> None:
         """The same for several sites."""
@@ -156,13 +165,54 @@ class Merger:
     @torch.no_grad()
     def remove(self) -> None:
         """Restores every weight bit for bit."""
-        self._moved_in_use.clear()
+        self._loss.forget()
         for site in self._sites.values():
             site.module.get_parameter("weight").copy_(site.weight)
             if site.bias is not None:
                 site.module.get_parameter("bias").copy_(site.bias)
             elif getattr(site.module, "bias", None) is not None:
                 site.module.register_parameter("bias", None)
+
+    def _stacked(
+        self, adapters: Mapping[SiteName, SiteAdapter]
+    ) -> list[tuple[tuple[SiteName, ...], WeightStack | None]]:
+        """Sites, those whose weights are merged by one product together and with their stack."""
+        alike: dict[object, list[SiteName]] = {}
+        for name, adapter in adapters.items():
+            weight = self._sites[name].weight
+            key: object = name
+            if isinstance(adapter, LowRankAdapter) and self._is_stackable(adapter, weight):
+                key = (weight.shape, adapter.lora_a.shape)
+            alike.setdefault(key, []).append(name)
+        return [(names, self._stack(names)) for names in map(tuple, alike.values())]
+
+    def _is_stackable(self, adapter: LowRankAdapter, weight: Tensor) -> bool:
+        may = weight.is_cuda if self._may_stack is None else self._may_stack
+        is_plain = not self._adds_on_base and self._rounding is Rounding.nearest
+        fits = weight.dtype is torch.bfloat16 and adapter.lora_a.dtype is torch.float32
+        return may and is_plain and fits and _update_of(adapter).right is not None
+
+    def _stack(self, names: tuple[SiteName, ...]) -> WeightStack | None:
+        """The stack of these sites, made when they come together first; None: one by one."""
+        known = {name for own in self._stacks for name in own}
+        if names not in self._stacks and len(names) > 1 and known.isdisjoint(names):
+            stack = WeightStack([self._sites[name].weight for name in names])
+            for name, weight in zip(names, stack.weights, strict=True):
+                self._sites[name] = dataclasses.replace(self._sites[name], weight=weight)
+            self._stacks[names] = stack
+        return self._stacks.get(names)
+
+    def _publish_stack(
+        self, stack: WeightStack, adapters: Mapping[SiteName, SiteAdapter]
+    ) -> dict[SiteName, dict[str, Tensor]]:
+        """Merged weights of a stack's sites."""
+        updates = [_update_of(require_linear(adapter)) for adapter in adapters.values()]
+        left, right = factors(updates)
+        moved = left[:, sampled_rows(stack.weights[0])] @ right != 0
+        for site, own in zip(adapters, moved, strict=True):
+            self._loss.publish_moved(site, own)
+        merged = stack.merged(left, right, scale=self._scale)
+        return {site: {"weight": own} for site, own in zip(adapters, merged, strict=True)}
 
     def _add(
         self, site: _Site, update: Update, delta_bias: Tensor | None, out: Mapping[str, Tensor]
@@ -211,18 +261,3 @@ def _parameters(module: nn.Module, bias: Tensor | None) -> dict[str, Tensor]:
         empty = torch.empty_like(bias, dtype=weight.dtype, device=weight.device)
         module.register_parameter("bias", nn.Parameter(empty, requires_grad=False))
     return {"weight": weight, "bias": module.get_parameter("bias")}
-
-
-def _sampled_rows(weight: Tensor) -> slice:
-    """About as many rows as `NUM_SAMPLED` entries are, spread evenly."""
-    num_rows = max(1, NUM_SAMPLED // weight[:1].numel())
-    return slice(None, None, -(-len(weight) // num_rows))
-
-
-def _share_unchanged(site: _Site, moved: Tensor) -> Tensor:
-    """Of the sampled entries that the update moves, those that are as they were found."""
-    rows = _sampled_rows(site.weight)
-    pristine, found = site.weight[rows], site.module.get_parameter("weight").detach()[rows]
-    unchanged = (found.to(pristine.device) == pristine).flatten(1)
-    moved = moved.to(unchanged.device)
-    return (unchanged & moved).sum() / moved.sum().clamp(min=1)

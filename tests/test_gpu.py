@@ -17,6 +17,7 @@ from cola.config.choices import (
 from cola.cuda_capture import CudaCapturer
 from cola.gradient_wiring import build_gradient_learner
 from cola.offload.placing import OffloadPlan
+from cola.stacked_sums import WeightStack
 from tests import layered, tiny, users
 from tests.tolerances import EXACT
 
@@ -227,3 +228,15 @@ def test_broken_rows_stop_their_user_alone_on_gpu(mode: MergeMode, num_workers: 
         for adapter in learner.export(name).values():
             assert tiny.flat(adapter).isfinite().all()
     learner.close()
+
+
+def test_weights_merged_by_one_product_are_rounded_once() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(3, 512, 384, generator=generator).bfloat16().cuda()
+    left = torch.randn(3, 512, 8, generator=generator).cuda()
+    right = torch.randn(3, 8, 384, generator=generator).cuda()
+    found = WeightStack(weights.unbind()).merged(left, right, scale=0.7)
+    wanted = (weights.double() + 0.7 * left.double() @ right.double()).bfloat16()
+    # A sum that lies between two values of bfloat16 may fall on either side, and no further.
+    assert (found == wanted).float().mean() > 0.999
+    torch.testing.assert_close(found, wanted, rtol=2**-7, atol=1e-6)

@@ -179,7 +179,7 @@ def test_lost_share_is_of_all_entries_of_a_small_weight(pristine: Pristine) -> N
 def test_lost_share_reads_a_sample_of_a_large_weight(
     pristine: Pristine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cola.merging.NUM_SAMPLED", 1000)  # two of 300 rows
+    monkeypatch.setattr("cola.rounding_loss.NUM_SAMPLED", 1000)  # two of 300 rows
     site = wide_site()
     _, merging = merger(site, pristine=pristine)
     merging.install("wide", merging.publish(delta_of_relative_size(site, 1e-3)))
