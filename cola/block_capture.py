@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from cola.block_signature import Signature
-from cola.site_calls import SiteCall, Taped
+from cola.packing import pack
+from cola.site_calls import SiteCall, SiteRun, Taped
 from cola.sites import SiteName
 from cola.taps import Taps
 
@@ -173,8 +174,9 @@ class BlockCapture:
         for buffer, tensor in zip(self._buffers, tensors, strict=True):
             buffer.fill(tensor)
         self._replay_forward()
-        inputs = [x.clone() if self._leaves_early else x for x in self._hidden_inputs]
-        self._calls = [self._taps.ran(s.site, inputs[s.index], s.dtype) for s in self._sites]
+        inputs = pack(self._hidden_inputs) if self._leaves_early else self._hidden_inputs
+        runs = [SiteRun(one.site, inputs[one.index], one.dtype) for one in self._sites]
+        self._calls = self._taps.ran(runs, leave=self._leaves_early)
         return [output.detach() for output in self.outputs], self._differentiable
 
     def backward(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -186,11 +188,11 @@ class BlockCapture:
             else:
                 buffer.fill(gradient)
         self._replay_backward()
-        for index, hidden_gradient in zip(self._reported, self._hidden_gradients, strict=True):
-            stayed = None
-            if not self._leaves_early:
-                stayed = self._hidden_inputs[self._sites[index].index].clone()
-            self._taps.arrived(self._calls[index], hidden_gradient.clone(), stayed)
+        stayed = None if self._leaves_early else pack(self._hidden_inputs)
+        hidden_gradients = pack(self._hidden_gradients)
+        for index, hidden_gradient in zip(self._reported, hidden_gradients, strict=True):
+            hidden_input = None if stayed is None else stayed[self._sites[index].index]
+            self._taps.arrived(self._calls[index], hidden_gradient, hidden_input)
         self._calls = []
         self._taps.leave(self._sites[index].site for index in self._reported)
         return [

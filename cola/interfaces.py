@@ -4,17 +4,17 @@ Modules of one layer never import each other: a learner knows `AdaptationSink`, 
 implements it; the trainer knows `Learner`, not which one.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from cola.adaptation_data import Parcel
 from cola.adapters import Adapter
 from cola.kept_rows import KeptRows
+from cola.site_calls import SiteRun
 from cola.sites import SiteName
 from cola.task_data import Batch
 from cola.user_adapters import SiteAdapter
@@ -62,18 +62,8 @@ class AdaptationSink(Protocol):
     def takes_early(self, site: SiteName) -> bool:
         """Whether a hidden input leaves when the site runs, so that the base device forgets it."""
 
-    def send_input(
-        self, site: SiteName, hidden_input: Tensor, dtype: torch.dtype, kept: KeptRows | None
-    ) -> Parcel:
-        """Sends a hidden input, (..., D), ahead of its gradient; must not synchronise.
-
-        Args:
-            site: that ran on it.
-            hidden_input: as the site got it; not changed in place before the backward pass.
-            dtype: that the site computed in: under autocast x may be wider than the product made
-                of it, and what was multiplied is x rounded.
-            kept: rows that travel; None: all.
-        """
+    def send_inputs(self, runs: Sequence[SiteRun]) -> list[Parcel]:
+        """Sends hidden inputs ahead of their gradients; must not synchronise."""
 
     def put(
         self,
@@ -87,7 +77,7 @@ class AdaptationSink(Protocol):
 
         Args:
             site: that was differentiated.
-            hidden_input: what `send_input` gave.
+            hidden_input: what `send_inputs` gave.
             hidden_gradient: (..., H).
             kept: rows that travel; None: all.
             rows: whose those are, where users have adapters of their own.

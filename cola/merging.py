@@ -147,16 +147,26 @@ class Merger:
             update = Update(published["left"], published.get("right"))
             delta_bias = published.get("delta_bias")
             self._add(merged, update, delta_bias, _parameters(merged.module, delta_bias))
+            self._loss.install(site)
         else:
-            parameters = _parameters(merged.module, published.get("bias"))
-            for name, tensor in published.items():
-                parameters[name].copy_(tensor, non_blocking=True)
-        self._loss.install(site)
+            self.install_all({site: published})
 
+    @torch.no_grad()
     def install_all(self, published: Mapping[SiteName, Mapping[str, Tensor]]) -> None:
         """The same for several sites."""
+        if self._adds_on_base:
+            for site, tensors in published.items():
+                self.install(site, tensors)
+            return
+        into: list[Tensor] = []
+        out_of: list[Tensor] = []
         for site, tensors in published.items():
-            self.install(site, tensors)
+            parameters = _parameters(self._sites[site].module, tensors.get("bias"))
+            into += [parameters[name] for name in tensors]
+            out_of += tensors.values()
+            self._loss.install(site)
+        if into:  # by one call: a launch each would keep the host busy for longer
+            torch._foreach_copy_(into, out_of, non_blocking=True)
 
     def adapt(self, site: SiteName, hidden_input: Tensor, hidden: Tensor) -> Tensor:
         """The weight holds the adapter already."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,6 +99,23 @@ class Tape:
     anchor: Tensor
     calls: list[Taped] = field(default_factory=list)
     hidden_inputs: list[Tensor] = field(default_factory=list)
+
+
+class SiteRun(NamedTuple):
+    """A site has run in a forward pass that will be differentiated.
+
+    Attributes:
+        site: which.
+        hidden_input: (..., D), as the site got it; not changed in place before the backward pass.
+        dtype: that the site computed in: under autocast x may be wider than the product made of it,
+            and what was multiplied is x rounded.
+        kept: rows that travel; None: all.
+    """
+
+    site: SiteName
+    hidden_input: Tensor
+    dtype: torch.dtype
+    kept: KeptRows | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ A captured graph runs no hooks (`cola.block_graphs`): what the taps noted on the
 captured is replayed by `require`, `ran` and `arrived`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -30,6 +30,7 @@ from cola.kept_rows import KeptRows
 from cola.site_calls import (
     Report,
     SiteCall,
+    SiteRun,
     Tape,
     Taped,
     TapGradient,
@@ -162,10 +163,16 @@ class Taps:
         """A replayed site runs next: its parameters are in effect when this returns."""
         self._installer.require(site)
 
-    def ran(self, site: SiteName, hidden_input: Tensor, dtype: torch.dtype) -> SiteCall:
-        """A replayed site has run on this hidden input, in this dtype."""
-        self._num_open[site] += 1
-        return self._begin_call(site, hidden_input, dtype, self._sink.takes_early(site))
+    def ran(self, runs: Sequence[SiteRun], *, leave: bool) -> list[SiteCall]:
+        """Sites of a replayed block have run; their hidden inputs leave now, or when it is said."""
+        for run in runs:
+            self._num_open[run.site] += 1
+        runs = [self._with_rows(run) for run in runs]
+        sent = self._sink.send_inputs(runs) if leave else [None] * len(runs)
+        return [
+            SiteCall(site=run.site, shape=run.hidden_input.shape, kept=run.kept, sent=parcel)
+            for run, parcel in zip(runs, sent, strict=True)
+        ]
 
     def arrived(
         self, call: SiteCall, hidden_gradient: Tensor, hidden_input: Tensor | None = None
@@ -181,7 +188,8 @@ class Taps:
         self._rows.check(site, call.shape, hidden_gradient)
         if sent is None:
             assert hidden_input is not None
-            sent = self._sink.send_input(site, hidden_input, hidden_gradient.dtype, call.kept)
+            run = SiteRun(site, hidden_input, hidden_gradient.dtype, call.kept)
+            (sent,) = self._sink.send_inputs([run])
         users = self._rows.users if call.kept is None else call.kept.rows
         self._sink.put(site, sent, hidden_gradient, call.kept, users)
         self._num_open[site] -= 1
@@ -258,8 +266,7 @@ class Taps:
         elif self._phase is _Phase.forward:
             self._require_graph(site)
             self._num_open[site] += 1
-            call = self._begin_call(site, hidden_input, hidden.dtype, leaves)
-            report = partial(self.arrived, call)
+            report = partial(self.arrived, self._begin_call(site, hidden_input, hidden, leaves))
         # A view is tapped at its base (Conv1D returns one): it stays open to in-place operations.
         whole = same_tensor(adapted_hidden)
         tapped: Tensor = TapGradient.apply(  # type: ignore[no-untyped-call]
@@ -268,18 +275,21 @@ class Taps:
         return tapped if whole is adapted_hidden else tapped.view(adapted_hidden.shape)
 
     def _begin_call(
-        self, site: SiteName, hidden_input: Tensor, dtype: torch.dtype, leaves: bool
+        self, site: SiteName, hidden_input: Tensor, hidden: Tensor, leaves: bool
     ) -> SiteCall:
-        kept = self._rows.kept.get(site)
-        if kept is not None and not kept.applies_to(hidden_input.shape):
-            kept = None
+        run = self._with_rows(SiteRun(site, hidden_input, hidden.dtype))
         sent, unchanged = None, None
         if leaves:
-            sent = self._sink.send_input(site, hidden_input, dtype, kept)
+            (sent,) = self._sink.send_inputs([run])
             unchanged = Unchanged(hidden_input)
         return SiteCall(
-            site=site, shape=hidden_input.shape, kept=kept, sent=sent, unchanged=unchanged
+            site=site, shape=hidden_input.shape, kept=run.kept, sent=sent, unchanged=unchanged
         )
+
+    def _with_rows(self, run: SiteRun) -> SiteRun:
+        kept = self._rows.kept.get(run.site)
+        applies = kept is not None and kept.applies_to(run.hidden_input.shape)
+        return run._replace(kept=kept) if applies else run
 
     def _require_graph(self, site: SiteName) -> None:
         if not torch.is_grad_enabled():

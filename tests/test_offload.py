@@ -27,6 +27,7 @@ from cola.offload.fleet import Fleet
 from cola.offload.slot import MAX_PENDING, Berth
 from cola.offload.transfer import Transfer
 from cola.offload.worker import InlineWorker, ThreadWorker, Worker
+from cola.site_calls import SiteRun
 from cola.task_data import Batch
 from tests import tiny
 from tests.tolerances import EXACT, FLOAT32
@@ -100,7 +101,7 @@ def data(value: float | None = None) -> AdaptationData:
 def put(fleet: Fleet, site: str, value: AdaptationData) -> None:
     """One call of a site, forward and backward."""
     x = value.hidden_input
-    sent = fleet.send_input(site, x, x.dtype, None)
+    (sent,) = fleet.send_inputs([SiteRun(site, x, x.dtype)])
     fleet.put(site, sent, value.hidden_gradient, None, None)
 
 

@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from cola.interfaces import Adaptation
 from cola.kept_rows import KeptRows
 from cola.merging import Merger
 from cola.objectives import task_loss
+from cola.site_calls import SiteRun
 from cola.sites import SiteName, flatten_rows
 from cola.taps import Taps
 from cola.task_data import Batch
@@ -54,12 +55,14 @@ class Probe:
     def takes_early(self, site: SiteName) -> bool:
         return self.leaves_early
 
-    def send_input(
-        self, site: SiteName, hidden_input: Tensor, dtype: torch.dtype, kept: KeptRows | None
-    ) -> Parcel:
-        self.events.append(("send", site, self.phase))
-        copy = flatten_rows(hidden_input.detach().to(dtype).clone(), self.taps._sites[site])
-        return lambda: copy
+    def send_inputs(self, runs: Sequence[SiteRun]) -> list[Parcel]:
+        return [self.send_input(run) for run in runs]
+
+    def send_input(self, run: SiteRun) -> Parcel:
+        self.events.append(("send", run.site, self.phase))
+        copy = run.hidden_input.detach().to(run.dtype).clone()
+        rows = flatten_rows(copy, self.taps._sites[run.site])
+        return lambda: rows
 
     def put(
         self,

@@ -21,7 +21,8 @@ from cola.offload.deliveries import Call, Former
 from cola.offload.fit import Fit
 from cola.offload.local_users import LocalUsers
 from cola.offload.slot import Berth, Publish, Published, Slot
-from cola.offload.transfer import pick_rows
+from cola.offload.transfer import Transfer, stay
+from cola.site_calls import SiteRun
 from cola.sites import SiteName
 from cola.user_adapters import SiteAdapter
 from cola.user_rows import UserRows
@@ -88,15 +89,13 @@ class Fleet:
         is_needed_there = self._payloads[site] is Payload.gradient
         return self._slot_of[site].transfer.crosses and not is_needed_there
 
-    def send_input(
-        self, site: SiteName, hidden_input: Tensor, dtype: torch.dtype, kept: KeptRows | None
-    ) -> Parcel:
-        """Sends a hidden input, unless another site sent the same one."""
-        spec = self._specs[site]
-        if not self.overlaps or self._payloads[site] is Payload.gradient:
-            rows = pick_rows(hidden_input, spec, dtype, kept)
-            return lambda: rows
-        return self._slot_of[site].transfer.send_once(hidden_input, spec, dtype, kept)
+    def send_inputs(self, runs: Sequence[SiteRun]) -> list[Parcel]:
+        """Sends hidden inputs, those that come together by one copy, the same one once."""
+        parcels: list[Parcel] = []
+        for transfer, own in itertools.groupby(runs, key=lambda run: self._way(run.site)):
+            named = [(self._specs[run.site], run) for run in own]
+            parcels += stay(named) if transfer is None else transfer.send_distinct(named)
+        return parcels
 
     def put(
         self,
@@ -222,6 +221,11 @@ class Fleet:
         """Publishes what the adapters are now, after they were changed from outside."""
         for slot in self._slots:
             slot.republish(version)
+
+    def _way(self, site: SiteName) -> Transfer | None:
+        """How a site's hidden inputs travel; None: they are needed where they are."""
+        stays = not self.overlaps or self._payloads[site] is Payload.gradient
+        return None if stays else self._slot_of[site].transfer
 
     @property
     def _has_barrier(self) -> bool:

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from cola.adaptation_data import Parcel
 from cola.kept_rows import KeptRows
+from cola.packing import packed_memory, unpack
+from cola.site_calls import SiteRun
 from cola.sites import SiteSpec, flatten_rows
 
 
@@ -69,9 +71,15 @@ class _Sent:
 
     source: "weakref.ref[Tensor]"
     version: int
-    dtype: torch.dtype
-    kept: KeptRows | None
     parcel: Parcel
+
+
+_Key = tuple[int, torch.dtype, int]
+
+
+def _key(run: SiteRun) -> _Key:
+    """What of a hidden input is sent; an object may have had its number before."""
+    return id(run.hidden_input), run.dtype, id(run.kept)
 
 
 class Transfer:
@@ -92,7 +100,7 @@ class Transfer:
         self.staged = StagedBytes()
         self._source = source
         self._wire_dtype = wire_dtype
-        self._last: dict[int, _Sent] = {}
+        self._last: dict[_Key, _Sent] = {}
         if self.crosses:
             self._base = torch.cuda.current_stream(source)
             self._stream = torch.cuda.Stream(source)  # type: ignore[no-untyped-call]
@@ -104,29 +112,27 @@ class Transfer:
             self._landing = torch.cuda.Stream(target)  # type: ignore[no-untyped-call]
             self._returning = torch.cuda.Stream(target)  # type: ignore[no-untyped-call]
 
-    def send_once(
-        self, tensor: Tensor, spec: SiteSpec, dtype: torch.dtype, kept: KeptRows | None
-    ) -> Parcel:
-        """Sends a hidden input, or finds it sent already: query and value have the same one.
-
-        Args:
-            tensor: (..., D), as the site got it.
-            spec: of the site.
-            dtype: that the site computed in.
-            kept: rows that travel; None: all.
-        """
-        found = self._last.get(id(tensor))
-        if (
-            found is not None
-            and found.source() is tensor
-            and (found.version, found.dtype) == (tensor._version, dtype)
-            and found.kept is kept
-        ):
-            return found.parcel
+    def send_distinct(self, runs: Sequence[tuple[SiteSpec, SiteRun]]) -> list[Parcel]:
+        """Sends hidden inputs; query and value have the same one, which is sent once."""
         self._last = {key: sent for key, sent in self._last.items() if sent.source() is not None}
-        (parcel,) = self.ship([self.rows_of(tensor.detach(), spec, dtype, kept)])
-        self._last[id(tensor)] = _Sent(weakref.ref(tensor), tensor._version, dtype, kept, parcel)
-        return parcel
+        fresh = {_key(run): (spec, run) for spec, run in runs if self._find(run) is None}
+        parcels = self.ship(
+            [
+                self.rows_of(run.hidden_input.detach(), spec, run.dtype, run.kept)
+                for spec, run in fresh.values()
+            ]
+        )
+        for (_, run), parcel in zip(fresh.values(), parcels, strict=True):
+            source = weakref.ref(run.hidden_input)
+            self._last[_key(run)] = _Sent(source, run.hidden_input._version, parcel)
+        return [self._last[_key(run)].parcel for _, run in runs]
+
+    def _find(self, run: SiteRun) -> Parcel | None:
+        """The same, if it was sent before and has not been changed since."""
+        found = self._last.get(_key(run))
+        if found is None or found.source() is not run.hidden_input:
+            return None
+        return found.parcel if found.version == run.hidden_input._version else None
 
     def rows_of(
         self, tensor: Tensor, spec: SiteSpec, dtype: torch.dtype, kept: KeptRows | None
@@ -143,20 +149,20 @@ class Transfer:
 
     def ship(self, cargo: Sequence[Cargo]) -> list[Parcel]:
         """Starts to copy tensors, together, and returns at once."""
+        if not cargo:
+            return []
         if not self.crosses:
             return [Shipment(self._load(one), _is_here, self.staged) for one in cargo]
         # They were produced on the base stream: read them only after this point.
         self._produced.record(self._base)
         self._stream.wait_event(self._produced)
         arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        landed = []
         # Set by hand: `torch.cuda.stream` costs several times as much, at every site.
         if self._ends_on_gpu:
             torch.cuda.set_stream(self._landing)
         torch.cuda.set_stream(self._stream)
         try:
-            for one in cargo:
-                landed.append(self._land(self._load(one)))
+            landed = self._land([self._load(one) for one in cargo])
             arrived.record(self._stream)
         finally:
             torch.cuda.set_stream(self._base)
@@ -212,10 +218,15 @@ class Transfer:
         tensor = cargo.load()
         return tensor if self._wire_dtype is None else tensor.to(self._wire_dtype)
 
-    def _land(self, tensor: Tensor) -> Tensor:
+    def _land(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         pinned = self.target.type == "cpu"
-        landed = torch.empty_like(tensor, device=self.target, pin_memory=pinned)
-        return landed.copy_(tensor, non_blocking=True)
+
+        def land(tensor: Tensor) -> Tensor:
+            landed = torch.empty_like(tensor, device=self.target, pin_memory=pinned)
+            return landed.copy_(tensor, non_blocking=True)
+
+        memory = packed_memory(tensors)
+        return [land(x) for x in tensors] if memory is None else unpack(land(memory), tensors)
 
     def _waiting(self, arrived: torch.cuda.Event) -> Callable[[Tensor], None]:
         if self.target.type == "cpu":
@@ -227,6 +238,12 @@ class Transfer:
             tensor.record_stream(stream)
 
         return wait
+
+
+def stay(runs: Sequence[tuple[SiteSpec, SiteRun]]) -> list[Parcel]:
+    """What is fitted of hidden inputs that are needed where they are."""
+    rows = [pick_rows(run.hidden_input, spec, run.dtype, run.kept) for spec, run in runs]
+    return [lambda own=own: own for own in rows]  # type: ignore[misc]
 
 
 def pick_rows(tensor: Tensor, spec: SiteSpec, dtype: torch.dtype, kept: KeptRows | None) -> Tensor:

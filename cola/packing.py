@@ -1,0 +1,60 @@
+"""Tensors side by side in one memory, so that one copy moves all of them.
+
+A copy to another device takes a host several calls, whatever its size, and a block of a large model
+has half a dozen tensors to send in each direction.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 512
+"""Bytes that every tensor's memory begins at a multiple of, as if it had been allocated alone."""
+
+
+def pack(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of tensors, contiguous; those of one dtype and device in one memory."""
+    if len({(tensor.dtype, tensor.device) for tensor in tensors}) != 1:
+        return [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
+    step = ALIGNMENT // tensors[0].element_size()
+    starts = [0]
+    for tensor in tensors:
+        starts.append(starts[-1] + -(-tensor.numel() // step) * step)
+    memory = torch.empty(starts[-1], dtype=tensors[0].dtype, device=tensors[0].device)
+    packed = [
+        memory[start : start + tensor.numel()].view(tensor.shape)
+        for start, tensor in zip(starts, tensors, strict=False)
+    ]
+    torch._foreach_copy_(packed, list(tensors))
+    return packed
+
+
+def packed_memory(tensors: Sequence[Tensor]) -> Tensor | None:
+    """What several packed tensors lie in, (num,), from the first to the last; None: apart."""
+    first, last = tensors[0], tensors[-1]
+    is_one = all(
+        tensor.dtype is first.dtype
+        and tensor.is_contiguous()
+        and tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        for tensor in tensors
+    )
+    gaps = [
+        after.storage_offset() - before.storage_offset() - before.numel()
+        for before, after in pairwise(tensors)
+    ]
+    largest = ALIGNMENT // first.element_size()
+    if len(tensors) < 2 or not is_one or not all(0 <= gap < largest for gap in gaps):
+        return None
+    start = first.storage_offset()
+    return first.as_strided((last.storage_offset() + last.numel() - start,), (1,), start)
+
+
+def unpack(memory: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors in a copy of the memory that `packed_memory` found of `like`."""
+    start = like[0].storage_offset()
+    return [
+        memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset() - start)
+        for tensor in like
+    ]
