@@ -200,7 +200,8 @@ class Merger:
         may = weight.is_cuda if self._may_stack is None else self._may_stack
         is_plain = not self._adds_on_base and self._rounding is Rounding.nearest
         fits = weight.dtype is torch.bfloat16 and adapter.lora_a.dtype is torch.float32
-        return may and is_plain and fits and _update_of(adapter).right is not None
+        is_product = adapter.lora_a.numel() + adapter.lora_b.numel() < weight.numel()
+        return may and is_plain and fits and is_product and weight.dim() == 2
 
     def _stack(self, names: tuple[SiteName, ...]) -> WeightStack | None:
         """The stack of these sites, made when they come together first; None: one by one."""
