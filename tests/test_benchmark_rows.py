@@ -14,7 +14,7 @@ from cola.bench.rows import select_rows
 from cola.cli import bench, train
 from cola.cli.app import run_command
 from cola.config.bench_checks import check_bench
-from cola.config.choices import AdapterDType, MergeMode, RowLengths, UsersMode
+from cola.config.choices import AdapterDType, DType, MergeMode, RowLengths, UsersMode
 from cola.config.identity import config_hash, config_yaml
 from cola.config.schema import BenchConfig, ExperimentConfig
 from cola.config.validation import validate
@@ -124,6 +124,9 @@ def test_rows_are_valid_runs_of_their_own():
     assert lora.model.path is None  # random weights of the true shape
     assert lora.method.adapter_dtype is AdapterDType.float32
     assert rows["lora-bfloat16/b8"].config.method.adapter_dtype is AdapterDType.base
+    ft, mixed = rows["ft/b8"].config.model, rows["ft-autocast/b8"].config.model
+    assert (ft.dtype, ft.autocast) == (DType.bfloat16, False)
+    assert (mixed.dtype, mixed.autocast) == (DType.float32, True)
     assert rows["lora-all/b1"].config.model.sites == ["all"]
     assert rows["cola-linear-merged-cpu/b32"].config.merge.mode is MergeMode.merged
     assert rows["floor-checkpointing/b8"].config.model.gradient_checkpointing
@@ -140,7 +143,8 @@ def test_settings_of_the_table_reach_only_rows_that_read_them():
 
 def test_float32_models_have_one_lora_and_images_no_checkpointing():
     labels = {row.label for row in rows_of("experiment=table15")}
-    assert "lora-bfloat16" not in {row.label for row in rows_of("experiment=table10")}
+    float32 = {row.label for row in rows_of("experiment=table10")}
+    assert not float32 & {"lora-bfloat16", "ft-autocast"}
     assert not [label for label in labels if "checkpointing" in label]
 
 
