@@ -158,7 +158,7 @@ def table(results: list[Result]) -> str:
     if any(None not in [_scored(result, word) for word in MERGE_WORDS] for result in results):
         return _merge_scores(results, variants)
     if len(tasks) == 1:
-        return _costs(results)
+        return _costs(results, variants)
     rows = []
     for variant in variants:
         cells = [
@@ -204,22 +204,24 @@ def _spread(scores: list[float]) -> str:
     return f"{statistics.mean(values):.1f} ± {error:.1f}"
 
 
-def _costs(results: list[Result]) -> str:
+def _costs(results: list[Result], variants: list[str]) -> str:
+    """One line per variant: its score over seeds, and the medians of what its runs cost."""
     header = ["method", "metric", "score, %", "trainable", "peak, MiB", "ms per step", "base ms",
               "offload ms", "run, s"]  # fmt: skip
     rows = []
-    for result in results:
-        summary = result["summary"]
-        seconds = [summary[f"{part}_seconds"] for part in ("iteration", "base", "offload")]
+    for variant in variants:
+        own = [result["summary"] for result in results if result["variant"] == variant]
+        parts = ("iteration_seconds", "base_seconds", "offload_seconds")
+        seconds = [statistics.median(summary[part] for summary in own) for part in parts]
         rows.append(
             [
-                result["variant"] + (f", seed {result['seed']}" if result["seed"] else ""),
-                summary["result"]["metric"],
-                f"{100 * summary['result']['value']:.1f}",
-                f"{summary['trainable_parameters']:,}",
-                f"{sum(summary['peak_mib'].values()):.1f}",
+                variant,
+                own[0]["result"]["metric"],
+                _spread([summary["result"]["value"] for summary in own]),
+                f"{own[0]['trainable_parameters']:,}",
+                f"{statistics.median(sum(s['peak_mib'].values()) for s in own):.1f}",
                 *(f"{1000 * value:.2f}" for value in seconds),
-                f"{summary['wall_seconds']:.1f}",
+                f"{statistics.median(summary['wall_seconds'] for summary in own):.1f}",
             ]
         )
     return format_table(header, rows)
