@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cola.adapters import LowRankAdapter, MergeableAdapter
 from cola.config.choices import Pristine, Rounding
 from cola.rounded_sums import Update, add_rounded
-from cola.rounding_loss import RoundingLoss, sampled_rows
+from cola.rounding_loss import RoundingLoss
 from cola.sites import SiteKind, SiteName, SiteSpec, to_base_layout
 from cola.stacked_sums import WeightStack, factors
 from cola.user_adapters import SiteAdapter, UserAdapters, require_linear
@@ -219,9 +219,7 @@ class Merger:
         """Merged weights of a stack's sites."""
         updates = [_update_of(require_linear(adapter)) for adapter in adapters.values()]
         left, right = factors(updates)
-        moved = left[:, sampled_rows(stack.weights[0])] @ right != 0
-        for site, own in zip(adapters, moved, strict=True):
-            self._loss.publish_moved(site, own)
+        self._loss.publish_stacked(adapters, stack.weights[0], left, right)
         merged = stack.merged(left, right, scale=self._scale)
         return {site: {"weight": own} for site, own in zip(adapters, merged, strict=True)}
 

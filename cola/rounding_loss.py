@@ -1,5 +1,8 @@
 """What rounding swallows of updates that are merged into weights of low precision."""
 
+from collections.abc import Callable, Iterable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -10,21 +13,30 @@ NUM_SAMPLED = 1 << 16
 """Entries of a weight that are looked at, in whole rows (at least one)."""
 
 
+Moved = Callable[[], Tensor]
+"""Which entries of the sampled rows an update moves."""
+
+
 class RoundingLoss:
     """Remembers which sampled entries an update moves, until somebody asks what became of them."""
 
     def __init__(self) -> None:
-        self._published: dict[SiteName, Tensor] = {}  # sampled rows of delta W != 0
-        self._in_use: dict[SiteName, Tensor] = {}
+        self._published: dict[SiteName, Moved] = {}  # sampled rows of delta W != 0
+        self._in_use: dict[SiteName, Moved] = {}
 
     def publish(self, site: SiteName, weight: Tensor, update: Update) -> None:
         """An update is on its way; nothing is kept if its sum with the weight is not rounded."""
         if sum_dtype(weight, update) is not weight.dtype:
-            self.publish_moved(site, update.rows(sampled_rows(weight)) != 0)
+            moved = update.rows(sampled_rows(weight)) != 0  # now: factors are stepped in place
+            self._published[site] = lambda: moved
 
-    def publish_moved(self, site: SiteName, moved: Tensor) -> None:
-        """An update is on its way that moves these entries of the sampled rows."""
-        self._published[site] = moved
+    def publish_stacked(
+        self, sites: Iterable[SiteName], weight: Tensor, left: Tensor, right: Tensor
+    ) -> None:
+        """The same of P weights like this one; factors, (P, ...), that nobody changes."""
+        rows = sampled_rows(weight)
+        for index, site in enumerate(sites):
+            self._published[site] = partial(_moved, left, right, index, rows)
 
     def install(self, site: SiteName) -> None:
         """What was published last is in the weight now."""
@@ -43,10 +55,14 @@ class RoundingLoss:
     @torch.no_grad()
     def share(self, site: SiteName, pristine: Tensor, found: Tensor) -> Tensor:
         """Of the sampled entries that the update moves, those that are as they were found."""
-        rows, moved = sampled_rows(pristine), self._in_use[site]
+        rows, moved = sampled_rows(pristine), self._in_use[site]()
         unchanged = (found[rows].to(pristine.device) == pristine[rows]).flatten(1)
         moved = moved.to(unchanged.device)
         return (unchanged & moved).sum() / moved.sum().clamp(min=1)
+
+
+def _moved(left: Tensor, right: Tensor, index: int, rows: slice) -> Tensor:
+    return left[index, rows] @ right[index] != 0
 
 
 def sampled_rows(weight: Tensor) -> slice:
