@@ -1,6 +1,7 @@
 """Captures work as CUDA graphs that share one pool of memory."""
 
 import gc
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -9,6 +10,9 @@ import torch
 from torch import Tensor
 
 from cola.meters import keep_peak
+
+_ONE_AT_A_TIME = threading.RLock()
+"""What goes around one capture, of this device or another, must not fall into the next."""
 
 
 class CudaCapturer:
@@ -30,15 +34,16 @@ class CudaCapturer:
     def session(self) -> Iterator[None]:
         """Around captures that belong together."""
         # Nothing of ours is under way, and what nobody needs does not get in between.
-        gc.collect()
-        torch.cuda.synchronize(self._device)
-        torch.cuda.empty_cache()
-        keep_peak(self._device, self.held_bytes)
-        around = torch.cuda.memory_allocated(self._device) - self._allocated()
-        yield
-        torch.cuda.synchronize(self._device)
-        self._peak = max(self._peak, torch.cuda.max_memory_allocated(self._device) - around)
-        torch.cuda.reset_peak_memory_stats(self._device)
+        with _ONE_AT_A_TIME:
+            gc.collect()
+            torch.cuda.synchronize(self._device)
+            torch.cuda.empty_cache()
+            keep_peak(self._device, self.held_bytes)
+            around = torch.cuda.memory_allocated(self._device) - self._allocated()
+            yield
+            torch.cuda.synchronize(self._device)
+            self._peak = max(self._peak, torch.cuda.max_memory_allocated(self._device) - around)
+            torch.cuda.reset_peak_memory_stats(self._device)
 
     def _allocated(self) -> int:
         """Bytes of the pool that somebody owns."""
@@ -49,7 +54,7 @@ class CudaCapturer:
     def capture(self, work: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], None]]:
         """Tensors whose memory a replay writes, and the replay."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._stream):
+        with _ONE_AT_A_TIME, torch.cuda.stream(self._stream):
             # Other threads may allocate and wait meanwhile.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:

@@ -128,12 +128,16 @@ def _lowrank_part(
     return [a, *(part @ gradient for part, gradient in zip(u, gradients, strict=True))]
 
 
+AdapterGradients = list[dict[str, Tensor]]
+"""By name, of each adapter that meets one hidden input."""
+
+
 def stacked_lowrank_gradients(
     adapters: Sequence[Sequence[LowRankAdapter]],
     inputs: Sequence[Tensor],
     gradients: Sequence[Sequence[Tensor]],
     scale: float,
-) -> list[list[dict[str, Tensor]]]:
+) -> list[AdapterGradients]:
     """`lowrank_gradients` of P hidden inputs at once, where all shapes are equal.
 
     Few products of many matrices: on a GPU, launching small ones takes longer than they do.
@@ -148,11 +152,18 @@ def stacked_lowrank_gradients(
         Of each input, of each adapter: `lora_a` (R, D) and `lora_b` (H, R), contiguous parts of two
         tensors, in the adapters' dtype.
     """
-    num, each = len(inputs), len(adapters[0])
+    g = torch.stack([part for own in gradients for part in own])  # (P M, N, H)
+    return stacked_products(adapters, torch.stack(list(inputs)), g, scale)
+
+
+def stacked_products(
+    adapters: Sequence[Sequence[LowRankAdapter]], x: Tensor, g: Tensor, scale: float
+) -> list[AdapterGradients]:
+    """`stacked_lowrank_gradients` of data that is stacked: (P, N, D) and (P M, N, H)."""
+    num, each = len(x), len(adapters[0])
     flat = [adapter for own in adapters for adapter in own]  # P M
     rank, master = len(flat[0].lora_a), flat[0].lora_a.dtype
-    x = torch.stack(list(inputs))  # (P, N, D)
-    g = _scaled(torch.stack([part for own in gradients for part in own]), scale)  # (P M, N, H)
+    g = _scaled(g, scale)
     down = torch.stack([adapter.lora_a for adapter in flat]).to(x.dtype)  # (P M, R, D)
     up = torch.stack([adapter.lora_b for adapter in flat]).to(x.dtype)  # (P M, H, R)
     back = torch.bmm(g, up).view(num, each, -1, rank)  # (P, M, N, R)

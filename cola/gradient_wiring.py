@@ -1,6 +1,6 @@
 """Wires gradient learning from its parts: fitters, fleet, taps and placements."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -36,7 +36,8 @@ from cola.offload.fit import Fitter
 from cola.offload.fitter import AdapterFitter
 from cola.offload.fleet import Fleet
 from cola.offload.payload import choose_payloads, may_form
-from cola.offload.placing import OffloadPlan, resolve_offload
+from cola.offload.placing import Group, OffloadPlan, resolve_offload
+from cola.offload.product_replays import ProductReplays
 from cola.offload.slot import Berth
 from cola.offload.user_fitter import UserFitter
 from cola.row_dropping import RowDropping
@@ -60,7 +61,8 @@ class GradientLearning:
         pristine, rounding: of merged weights.
         evaluates_merged: None evaluates as training does.
         users: who have adapters of their own; None: one set of adapters has no owner.
-        capturer: makes graphs of the base model's blocks, which are then replayed; None: none are.
+        capturers: of a device: makes graphs of the base model's blocks, and of products of fits on
+            another GPU, which are then replayed; None: none are.
     """
 
     objective: Objective
@@ -73,7 +75,7 @@ class GradientLearning:
     rounding: Rounding = Rounding.nearest
     evaluates_merged: bool | None = None
     users: UserLearning | None = None
-    capturer: Capturer | None = None
+    capturers: Callable[[torch.device], Capturer] | None = None
 
 
 def build_gradient_learner(
@@ -98,10 +100,10 @@ def build_gradient_learner(
     placed = plan.place({site: adapters[site] for site in sites}, weight.device, master)
     owned = {site: adapter for group in placed for site, adapter in group.adapters.items()}
     owned = {site: owned[site] for site in sites}
-    buffers = Buffers()
+    buffers, replays = Buffers(), _replays(placed, settings)
     berths = [
         Berth(
-            fitter=_fitter(group.adapters, settings, buffers),
+            fitter=_fitter(group.adapters, settings, buffers, replays.get(id(group.worker))),
             worker=group.worker,
             transfer=group.transfer,
             blocks=group.blocks,
@@ -137,19 +139,34 @@ def build_gradient_learner(
         evaluates_elsewhere=settings.evaluates_merged not in (None, trains_merged),
         row_dropping=RowDropping(sites, weight.device, enabled=plan.drops_padding),
         graphs=None
-        if settings.capturer is None
-        else BlockGraphs(base_model, taps, settings.capturer),
+        if settings.capturers is None
+        else BlockGraphs(base_model, taps, settings.capturers(weight.device)),
         staleness=plan.staleness,
         attendance=attendance,
     )
 
 
+def _replays(placed: Sequence[Group], settings: GradientLearning) -> dict[int, ProductReplays]:
+    """Captured products of each worker on another GPU, by the worker's identity."""
+    if settings.capturers is None or settings.users is not None:
+        return {}
+    on_gpus = {id(g.worker): g.transfer.target for g in placed if g.transfer.ends_on_gpu}
+    return {
+        worker: ProductReplays(settings.capturers(device)) for worker, device in on_gpus.items()
+    }
+
+
 def _fitter(
-    adapters: Mapping[SiteName, SiteAdapter], settings: GradientLearning, buffers: Buffers
+    adapters: Mapping[SiteName, SiteAdapter],
+    settings: GradientLearning,
+    buffers: Buffers,
+    replays: ProductReplays | None,
 ) -> Fitter:
     if settings.users is None:
         single = {s: a for s, a in adapters.items() if not isinstance(a, UserAdapters)}
-        return AdapterFitter(single, settings.optimizer, scale=settings.scale, buffers=buffers)
+        return AdapterFitter(
+            single, settings.optimizer, scale=settings.scale, buffers=buffers, replays=replays
+        )
     of_users = {s: a for s, a in adapters.items() if isinstance(a, UserAdapters)}
     return UserFitter(
         of_users,
@@ -244,11 +261,11 @@ def resolve_settings(config: ExperimentConfig, objective: Objective) -> Gradient
             num_rows=config.trainer.batch_size * config.task.max_length,
         ),
         evaluates_merged=evaluates_merged,
-        capturer=_capturer(config),
+        capturers=_capturers(config),
     )
 
 
-def _capturer(config: ExperimentConfig) -> Capturer | None:
+def _capturers(config: ExperimentConfig) -> Callable[[torch.device], Capturer] | None:
     if not config.model.cuda_graphs:
         return None
     device = resolve_device(config.device)
@@ -257,7 +274,7 @@ def _capturer(config: ExperimentConfig) -> Capturer | None:
             f"model.cuda_graphs=true with device={device}: graphs are captured on a GPU; use "
             "device=cuda:0, or leave it out"
         )
-    return CudaCapturer(device)
+    return CudaCapturer
 
 
 def _placement(
@@ -287,7 +304,7 @@ def _placement(
         dtype=weight.dtype,
         detached=settings.mode is MergeMode.detached,
         copies=copies,
-        stays_in_place=settings.capturer is not None,
+        stays_in_place=settings.capturers is not None,
     )
 
 

@@ -7,8 +7,7 @@ what was released is overwritten before anybody could rely on it.
 import copy
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -29,55 +28,17 @@ from cola.task_data import Batch
 from tests import tiny
 from tests.configs import composed
 from tests.layered import Layer, LayeredNet
+from tests.rerun import Rerun
 from tests.tolerances import EXACT
 from tests.wires import LaggingTransfer
-
-
-class Rerun:
-    """Captures by remembering the work, and replays by doing it again.
-
-    Attributes:
-        num_captures: graphs so far.
-        num_replays: of them.
-    """
-
-    held_bytes = 0
-
-    def __init__(self) -> None:
-        self.num_captures = self.num_replays = 0
-        self._released: list[tuple[int, Tensor]] = []
-
-    @contextmanager
-    def session(self) -> Iterator[None]:
-        yield
-
-    def capture(self, work: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], None]]:
-        self.num_captures += 1
-        number = self.num_captures
-        written = [tensor.clone().fill_(torch.nan) for tensor in work()]
-
-        def replay() -> None:
-            self.num_replays += 1
-            for since, memory in self._released:
-                if since < number:  # what was released before this was captured lies open to it
-                    memory.fill_(torch.nan)
-            with torch.enable_grad():  # a node of autograd replays
-                again = work()
-            for memory, tensor in zip(written, again, strict=True):
-                memory.copy_(tensor)
-
-        return written, replay
-
-    def alias(self, tensor: Tensor) -> Tensor:
-        self._released.append((self.num_captures, tensor))
-        return tensor.view_as(tensor)
 
 
 def learner_of(
     net: nn.Module, start: dict[str, Any], capturer: Rerun | None, **settings: Any
 ) -> GradientLearner:
+    capturers = None if capturer is None else lambda device: capturer
     return build_gradient_learner(
-        net, tiny.specs(net), copy.deepcopy(start), tiny.settings(capturer=capturer, **settings)
+        net, tiny.specs(net), copy.deepcopy(start), tiny.settings(capturers=capturers, **settings)
     )
 
 

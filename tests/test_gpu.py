@@ -135,11 +135,10 @@ def test_replayed_blocks_equal_autograd(
     oracle = tiny.oracle_learner(plain, start)
     tiny.train(oracle, stream, interval=interval)
     base = tiny.net(net).cuda()
-    capturer = CudaCapturer(torch.device("cuda:0"))
     offload = PLANS.get(plan, OffloadPlan())
     learner = build_gradient_learner(
         base, tiny.specs(base), copy.deepcopy(start),
-        tiny.settings(mode=mode, offload=offload, capturer=capturer),
+        tiny.settings(mode=mode, offload=offload, capturers=CudaCapturer),
     )  # fmt: skip
     tiny.train(learner, [batch.to(torch.device("cuda")) for batch in stream], interval=interval)
     found = {site: copy.deepcopy(adapter).cpu() for site, adapter in learner.export().items()}
@@ -163,10 +162,10 @@ def test_replays_draw_the_random_numbers_that_blocks_would() -> None:
     start = tiny.filled_adapters(plain, AdapterKind.lowrank)
     stream = [batch.to(torch.device("cuda")) for batch in tiny.batches(plain, 12)]
     losses = []
-    for capturer in (None, CudaCapturer(torch.device("cuda:0"))):
+    for capturers in (None, CudaCapturer):
         base = tiny.net(DroppingNet).cuda()
         learner = build_gradient_learner(
-            base, tiny.specs(base), copy.deepcopy(start), tiny.settings(capturer=capturer)
+            base, tiny.specs(base), copy.deepcopy(start), tiny.settings(capturers=capturers)
         )
         torch.manual_seed(5)
         losses.append(tiny.train(learner, stream))

@@ -17,17 +17,25 @@ from cola.gradient_learning import lowrank_gradients
 from cola.gradient_wiring import build_gradient_learner
 from cola.offload import fitter as fitting
 from cola.offload import placing
+from cola.offload.fit import Fit
 from cola.offload.fitter import AdapterFitter
 from cola.offload.placing import OffloadPlan
+from cola.offload.product_replays import MAX_SHAPES, ProductReplays
 from cola.sites import SiteKind, SiteSpec
 from tests import tiny
+from tests.rerun import Rerun
 from tests.tolerances import EXACT
 from tests.wires import LaggingTransfer
 
 CPU = torch.device("cpu")
 
 
-def fitter_of(shapes: dict[str, tuple[int, int, int]], *, stacks: bool) -> AdapterFitter:
+def fitter_of(
+    shapes: dict[str, tuple[int, int, int]],
+    *,
+    stacks: bool,
+    replays: ProductReplays | None = None,
+) -> AdapterFitter:
     """Adapters by site, given (inputs, outputs, rank)."""
     adapters = {}
     for name, (inputs, outputs, rank) in shapes.items():
@@ -37,7 +45,9 @@ def fitter_of(shapes: dict[str, tuple[int, int, int]], *, stacks: bool) -> Adapt
         for parameter in adapter.parameters():
             parameter.data = torch.randn(parameter.shape, generator=generator)
         adapters[name] = adapter.double()
-    return AdapterFitter(adapters, tiny.optimizer(), scale=tiny.SCALE, stacks=stacks)
+    return AdapterFitter(
+        adapters, tiny.optimizer(), scale=tiny.SCALE, stacks=stacks, replays=replays
+    )
 
 
 def deliveries(
@@ -104,6 +114,47 @@ def test_a_gradient_belongs_to_one_adapter_alone() -> None:
     )
     found = fitter.adapters["0.q"].lora_a.grad
     torch.testing.assert_close(found, 2 * wanted[0]["lora_a"], rtol=EXACT, atol=EXACT)
+
+
+@pytest.mark.parametrize("interval", [1, 2])
+def test_replayed_products_take_the_steps_of_plain_ones(interval: int) -> None:
+    """Two fitters of one worker, whose products read the same memory one after the other."""
+    capturer = Rerun()
+    replays = ProductReplays(capturer)
+    halves = [{name: SHAPES[name] for group in half for name in group} for half in
+              (GROUPS[:2], GROUPS[2:])]  # fmt: skip
+    halves[1]["2.v"] = halves[1]["2.q"]
+    halves[1] |= dict.fromkeys(("3.q", "3.v"), halves[1]["2.q"])
+    together = [fitter_of(half, stacks=True, replays=replays) for half in halves]
+    apart = [fitter_of(half, stacks=False) for half in halves]
+    all_rows = [7, 7, 6, 7, 6, 7, 7, 6, 7, 6] * interval
+    for index, num_rows in enumerate(all_rows):
+        for half, groups, fitters in zip(
+            halves, (GROUPS[:2], GROUPS[2:]), zip(together, apart, strict=True), strict=True
+        ):
+            batch = deliveries(groups, half, num_rows)
+            for fitter in fitters:
+                fitter.accumulate(batch)
+                if (index + 1) % interval == 0:
+                    fitter.step(Fit(number=index, learning_rate=0.1, gradient_scale=1.0))
+    for replayed, plain in zip(together, apart, strict=True):
+        for site, adapter in replayed.adapters.items():
+            found, wanted = tiny.flat(adapter), tiny.flat(plain.adapters[site])
+            torch.testing.assert_close(found, wanted, rtol=EXACT, atol=EXACT)
+    assert capturer.num_captures == 2 * 2, "fitters and numbers of rows"
+    # The first batch of an interval is replayed, from the second of its shape on.
+    assert capturer.num_replays == 2 * (10 - 2)
+
+
+def test_shapes_that_keep_changing_are_not_captured_without_end() -> None:
+    capturer = Rerun()
+    shapes = {name: SHAPES[name] for name in ("0.q", "0.v", "1.q", "1.v")}
+    fitter = fitter_of(shapes, stacks=True, replays=ProductReplays(capturer))
+    for _ in range(3):
+        for num_rows in range(1, MAX_SHAPES + 4):
+            fitter.accumulate(deliveries(GROUPS[:2], shapes, num_rows))
+            fitter.step(Fit(number=1, learning_rate=0.1, gradient_scale=1.0))
+    assert capturer.num_captures == MAX_SHAPES
 
 
 @pytest.mark.parametrize("interval", [1, 2])

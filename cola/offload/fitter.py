@@ -18,6 +18,7 @@ from cola.config.choices import ClipMode
 from cola.config.schema import OptimizerConfig
 from cola.errors import OffloadError
 from cola.gradient_learning import (
+    AdapterGradients,
     adapter_gradients,
     linear_gradients,
     lowrank_gradients,
@@ -26,6 +27,7 @@ from cola.gradient_learning import (
 from cola.meters import count_bytes
 from cola.offload.buffers import MIN_BYTES, Buffers
 from cola.offload.fit import Fit
+from cola.offload.product_replays import ProductReplays
 from cola.optimizers import build_optimizer, optimizer_step
 from cola.runtime import product_dtype
 from cola.sites import SiteKind, SiteName
@@ -61,6 +63,7 @@ class AdapterFitter:
         scale: float,
         buffers: Buffers | None = None,
         stacks: bool | None = None,
+        replays: ProductReplays | None = None,
     ) -> None:
         """Takes over the adapters.
 
@@ -71,10 +74,12 @@ class AdapterFitter:
             buffers: memory for gradients on the host, shared with other fitters.
             stacks: whether low-rank adapters of equal shapes are fitted in one product, which takes
                 a copy of their data; None: on a GPU.
+            replays: captured products of the worker; None: none are.
         """
         self._buffers = buffers or Buffers()
         self.adapters = dict(adapters)
         self._scale = scale
+        self._replays = replays
         # Looked up once: walking a module's parameters costs more than stepping a small adapter.
         self._parameters = {s: dict(a.named_parameters()) for s, a in self.adapters.items()}
         everything = [p for named in self._parameters.values() for p in named.values()]
@@ -111,8 +116,14 @@ class AdapterFitter:
             inputs = [calls[0].data.hidden_input for calls in same]
             adapters = [[call.adapter for call in calls] for calls in same]
             gradients = [[call.data.hidden_gradient for call in calls] for calls in same]
+            found: list[AdapterGradients] | None = None
             if len(same) > 1:
-                found = stacked_lowrank_gradients(adapters, inputs, gradients, self._scale)
+                # What is replayed lands where the gradients of an earlier batch may lie.
+                is_first = not any(self._gradients(call.site) for own in same for call in own)
+                if self._replays is not None and is_first:
+                    found = self._replays.gradients(adapters, inputs, gradients, self._scale)
+                if found is None:
+                    found = stacked_lowrank_gradients(adapters, inputs, gradients, self._scale)
             else:
                 found = [lowrank_gradients(adapters[0], inputs[0], gradients[0], self._scale)]
             for calls, own in zip(same, found, strict=True):

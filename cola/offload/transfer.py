@@ -105,7 +105,7 @@ class Transfer:
             self._base = torch.cuda.current_stream(source)
             self._stream = torch.cuda.Stream(source)  # type: ignore[no-untyped-call]
             self._produced = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        if self._ends_on_gpu:
+        if self.ends_on_gpu:
             # A copy between GPUs is ordered with the current streams of both. On a default stream
             # it would be a barrier for everything on either GPU, and on one for both ways what
             # comes back would wait for what leaves.
@@ -158,7 +158,7 @@ class Transfer:
         self._stream.wait_event(self._produced)
         arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         # Set by hand: `torch.cuda.stream` costs several times as much, at every site.
-        if self._ends_on_gpu:
+        if self.ends_on_gpu:
             torch.cuda.set_stream(self._landing)
         torch.cuda.set_stream(self._stream)
         try:
@@ -175,7 +175,7 @@ class Transfer:
 
     def issued(self) -> torch.cuda.Event | None:
         """Passed when all is done that this thread has issued where data goes; None: it is."""
-        if not self._ends_on_gpu:
+        if not self.ends_on_gpu:
             return None
         event: torch.cuda.Event = torch.cuda.current_stream(self.target).record_event()
         return event
@@ -185,7 +185,7 @@ class Transfer:
 
         What it fetches from there comes on a stream of its own.
         """
-        if not self._ends_on_gpu:
+        if not self.ends_on_gpu:
             return
         here = torch.cuda.current_stream(self._source)
         if event is not None:
@@ -196,11 +196,11 @@ class Transfer:
 
     def settle(self) -> None:
         """Waits, where data goes, for all that has been issued there."""
-        if self._ends_on_gpu:
+        if self.ends_on_gpu:
             torch.cuda.synchronize(self.target)
 
     @property
-    def _ends_on_gpu(self) -> bool:
+    def ends_on_gpu(self) -> bool:
         """Whether data goes to a GPU other than the base device, where work has its own order."""
         return self.crosses and self.target.type == "cuda"
 
