@@ -4,7 +4,9 @@ In this folder, and importing nothing heavy, because Hydra finds launchers by im
 lies in the namespace package `hydra_plugins`. The work is done by `cola/cli/job_queue.py`.
 """
 
+import contextlib
 import functools
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,7 +74,7 @@ class ParallelLauncher(Launcher):
             num_jobs=len(job_overrides),
             given_device=_given_device(job_overrides),
         )
-        logs = Path(self._config.hydra.sweep.dir, "sweeps", time.strftime("%Y%m%d-%H%M%S"))
+        logs = new_log_folder(Path(self._config.hydra.sweep.dir, "sweeps"))
         jobs = [
             Job(
                 words=" ".join(overrides),
@@ -93,6 +95,17 @@ class ParallelLauncher(Launcher):
             _job_return(job, outcome)
             for job, outcome in zip(job_overrides, JobQueue(jobs, slots).run(), strict=True)
         ]
+
+
+def new_log_folder(parent: Path) -> Path:
+    """A folder of its own, named by the second; another sweep may have begun in the same one."""
+    moment = time.strftime("%Y%m%d-%H%M%S")
+    for number in itertools.count(1):
+        folder = parent / (moment if number == 1 else f"{moment}-{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+    raise AssertionError("numbers do not end")
 
 
 def _given_device(job_overrides: Sequence[Sequence[str]]) -> str | None:

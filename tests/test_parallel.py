@@ -18,6 +18,7 @@ from cola.config.identity import config_hash, load_config, save_config
 from cola.config.schema import ExperimentConfig
 from cola.config.store import compose_config
 from cola.tracking import read_metrics
+from hydra_plugins.cola_parallel import new_log_folder
 
 PARALLEL = ("-m", "hydra/launcher=parallel", "hydra.launcher.devices=cpu", "hydra.launcher.jobs=2")
 NEVER = 60.0
@@ -162,3 +163,11 @@ def test_sweep_that_was_stopped_repeats_no_run_and_loses_none(number):
     assert logs.count("resumed at step") == 4 - len(before)
     steps = [[row["step"] for row in read_metrics(run) if "train/loss" in row] for run in folders]
     assert steps == [list(range(10, 4001, 10))] * 4
+
+
+def test_sweeps_that_begin_in_one_second_have_logs_of_their_own(monkeypatch):
+    monkeypatch.setattr(time, "strftime", lambda _: "20260101-000000")
+    folders = [new_log_folder(Path("outputs/sweeps")) for _ in range(3)]
+    names = ["20260101-000000", "20260101-000000-2", "20260101-000000-3"]
+    assert [folder.name for folder in folders] == names
+    assert all(folder.is_dir() for folder in folders)
