@@ -56,7 +56,7 @@ def learning_curves(runs: Iterable[Run]) -> list[NamedFigure]:
         points = {label: [run.curve() for run in some] for label, some in series.items()}
         points = {label: curves for label, curves in points.items() if _has_line(curves)}
         if points:
-            conditions = f"{length}, batch size {batch_size or 'unknown'}"
+            conditions = str(length) + (f", batch size {batch_size}" if batch_size else "")
             found.append(
                 NamedFigure(
                     name=f"curves_{file_name(f'{subject} {conditions}')}",

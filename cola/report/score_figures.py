@@ -40,7 +40,7 @@ def memory_figures(runs: Iterable[Run]) -> list[NamedFigure]:
         series = by_label(own, _placed_label)
         if len(series) < 2:
             continue
-        conditions = f"{length}, batch size {batch_size or 'unknown'}"
+        conditions = str(length) + (f", batch size {batch_size}" if batch_size else "")
         device = "cpu" if on_cpu else "gpu"
         found.append(
             NamedFigure(
