@@ -4,7 +4,6 @@ Symbols here and only here: x hidden input, g hidden gradient, w adapter paramet
 summed over rows, never averaged: the hidden gradient already carries the task loss's averaging.
 """
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -14,9 +13,6 @@ from torch.func import functional_call
 from cola.adaptation_data import AdaptationData
 from cola.adapters import Adapter, LinearAdapter, LowRankAdapter
 from cola.sites import SiteKind
-
-HOST_ROWS = 1024
-"""Rows of x and of hidden gradients that are worked on while a core's caches hold them."""
 
 
 def surrogate_loss(adapter_output: Tensor, hidden_gradient: Tensor) -> Tensor:
@@ -84,8 +80,7 @@ def lowrank_gradients(
     """Closed form for g_w(x) = x A'B': dB = scale * G'(XA'), dA = scale * (GB)'X.
 
     Several adapters that meet the same x (query and value) are one of the sum of their ranks, so
-    that x, which is far larger than what is made of it, is read twice and not twice for each. On a
-    host rows are taken in parts that its caches hold: the second time nothing is read from memory.
+    that x, which is far larger than what is made of it, is read twice and not twice for each.
 
     Args:
         adapters: whose gradients to form.
@@ -94,38 +89,20 @@ def lowrank_gradients(
         scale: alpha.
 
     Returns:
-        Of each adapter: `lora_a` (R, D) and `lora_b` (H, R), in the dtype of x; sums of parts in
-        float32 at least.
+        Of each adapter: `lora_a` (R, D) and `lora_b` (H, R), in the dtype of x.
     """
+    g = [_scaled(gradient, scale) for gradient in gradients]
     down = _joined([adapter.lora_a for adapter in adapters], dim=0).to(x.dtype)  # (sum of R, D)
-    up = [adapter.lora_b.to(x.dtype) for adapter in adapters]
-    size = HOST_ROWS if x.device.type == "cpu" else max(1, len(x))
-    split = zip(*(torch.split(tensor, size) for tensor in (x, *gradients)), strict=True)
-    parts = [
-        _lowrank_part(rows, [_scaled(gradient, scale) for gradient in own], down, up)
-        for rows, *own in split
-    ]
-    wide = torch.promote_types(torch.float32, x.dtype)
-    a, *b = (
-        same[0] if len(same) == 1 else torch.stack(same).sum(dim=0, dtype=wide)
-        for same in zip(*parts, strict=True)
-    )
-    ends = itertools.accumulate(len(adapter.lora_a) for adapter in adapters)
-    return [
-        {"lora_a": a[end - len(adapter.lora_a) : end], "lora_b": own.T}
-        for end, adapter, own in zip(ends, adapters, b, strict=True)
-    ]
-
-
-def _lowrank_part(
-    x: Tensor, gradients: Sequence[Tensor], down: Tensor, up: Sequence[Tensor]
-) -> list[Tensor]:
-    """Of some rows: dA of all adapters, (sum of R, D), and the transpose of each dB, (R, H)."""
-    back = [gradient @ own for gradient, own in zip(gradients, up, strict=True)]
-    a = _joined(back, dim=1).T @ x
-    u = torch.split((x @ down.T).T, [own.shape[1] for own in up])  # (R, N) of each
-    # The transpose of what is wanted reads G in the order in which it lies.
-    return [a, *(part @ gradient for part, gradient in zip(u, gradients, strict=True))]
+    back = [own @ adapter.lora_b.to(x.dtype) for own, adapter in zip(g, adapters, strict=True)]
+    a = _joined(back, dim=1).T @ x  # (sum of R, D)
+    u = (x @ down.T).T  # (sum of R, N)
+    found, first = [], 0
+    for gradient, adapter in zip(g, adapters, strict=True):
+        last = first + len(adapter.lora_a)
+        # The transpose of what is wanted reads G in the order in which it lies.
+        found.append({"lora_a": a[first:last], "lora_b": (u[first:last] @ gradient).T})
+        first = last
+    return found
 
 
 AdapterGradients = list[dict[str, Tensor]]

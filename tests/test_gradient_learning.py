@@ -11,12 +11,7 @@ from torch import Tensor
 from cola.adaptation_data import AdaptationData, concatenate
 from cola.adapters import Adapter
 from cola.config.choices import AdapterKind
-from cola.gradient_learning import (
-    adapter_gradients,
-    lowrank_gradients,
-    surrogate_gradients,
-    surrogate_loss,
-)
+from cola.gradient_learning import adapter_gradients, surrogate_gradients, surrogate_loss
 from cola.sites import flatten_rows
 from tests import tiny
 from tests.tolerances import EXACT, FLOAT32
@@ -183,25 +178,3 @@ def test_the_target_of_equation_6_would_lose_a_small_gradient(
     (0.5 * (output - target).square().sum()).backward()
     gradients = {name: p.grad for name, p in adapter.named_parameters() if p.grad is not None}
     assert error(flat(gradients), wanted) >= least
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("num_rows", [0, 2, 7])
-def test_rows_in_parts_give_the_gradient_of_all(
-    num_rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    site = tiny.site("linear")
-    adapters = [tiny.filled_adapter(AdapterKind.lowrank, site.spec, seed=seed) for seed in (0, 1)]
-    x = site.hidden_input[:num_rows].to(dtype)
-    gradients = [gradient_like(site.module(site.hidden_input), seed)[:num_rows] for seed in (0, 1)]
-    gradients = [gradient.to(dtype) for gradient in gradients]
-    wanted = lowrank_gradients(adapters, x, gradients, tiny.SCALE)
-    monkeypatch.setattr("cola.gradient_learning.HOST_ROWS", 3)
-    found = lowrank_gradients(adapters, x, gradients, tiny.SCALE)
-    tolerance = EXACT if dtype is torch.float64 else 0.02
-    for own, one in zip(found, wanted, strict=True):
-        assert own.keys() == one.keys() == {"lora_a", "lora_b"}
-        for name in own:
-            torch.testing.assert_close(
-                own[name].double(), one[name].double(), rtol=tolerance, atol=tolerance
-            )
