@@ -1,4 +1,4 @@
-"""Merged weights of many sites by one product: as rounded as one by one."""
+"""Merged weights of many sites by one product: rounded once, as one by one."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from cola.adapters import LowRankAdapter
 from cola.config.choices import Pristine, Rounding
 from cola.merging import Merger
 from cola.sites import SiteName, describe_site
-from cola.stacked_sums import WeightStack, in_parts, split_bfloat16
+from cola.stacked_sums import WeightStack
 from tests import tiny
 
 SHAPES = {"q": (64, 48), "v": (64, 48), "up": (96, 48), "o": (64, 48)}
@@ -50,22 +50,6 @@ def wanted(base: nn.ModuleDict, adapters: dict[SiteName, LowRankAdapter]) -> dic
     return sums
 
 
-@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
-def test_parts_hold_every_bit(scale: float) -> None:
-    exact = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * scale
-    parts = split_bfloat16(exact)
-    assert {part.dtype for part in parts} == {torch.bfloat16}
-    assert torch.equal(sum(part.double() for part in parts), exact.double())
-
-
-def test_product_of_parts_is_that_of_float32() -> None:
-    generator = torch.Generator().manual_seed(0)
-    left = torch.randn(2, 30, 5, generator=generator)
-    right = torch.randn(2, 5, 20, generator=generator)
-    found = torch.bmm(*(part.double() for part in in_parts(left, right)))
-    torch.testing.assert_close(found, left.double() @ right.double(), rtol=0, atol=2e-6)
-
-
 def test_stacked_weights_are_merged_as_exactly_as_one_by_one() -> None:
     base = base_model()
     adapters = filled(base)
@@ -75,7 +59,7 @@ def test_stacked_weights_are_merged_as_exactly_as_one_by_one() -> None:
         merging.install_all(merging.publish_all(adapters))
         for name, weight in weights(base).items():
             assert weight.dtype is torch.bfloat16
-            assert (weight == exact[name]).float().mean() > 0.99, name
+            assert (weight == exact[name]).float().mean() > 0.999, name
             torch.testing.assert_close(weight, exact[name], rtol=2**-7, atol=1e-6)
     merging.remove()
     assert all(torch.equal(weight, before[name]) for name, weight in weights(base).items())
