@@ -15,8 +15,7 @@ from cola.config.choices import AdapterKind, MergeMode
 from cola.config.schema import AdapterConfig
 from cola.gradient_learning import lowrank_gradients
 from cola.gradient_wiring import build_gradient_learner
-from cola.offload import fitter as fitting
-from cola.offload import placing
+from cola.offload import batch_gradients, placing
 from cola.offload.fit import Fit
 from cola.offload.fitter import AdapterFitter
 from cola.offload.placing import OffloadPlan
@@ -79,13 +78,13 @@ GROUPS = [[f"{block}.q", f"{block}.v"] for block in range(4)]
 
 def test_gradients_are_those_of_single_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    stacked = fitting.stacked_lowrank_gradients
+    stacked = batch_gradients.stacked_lowrank_gradients
 
     def noted(adapters: Sequence[Sequence[object]], *arguments: object) -> object:
         sizes.append(len(adapters))
         return stacked(adapters, *arguments)
 
-    monkeypatch.setattr(fitting, "stacked_lowrank_gradients", noted)
+    monkeypatch.setattr(batch_gradients, "stacked_lowrank_gradients", noted)
     together, apart = (fitter_of(SHAPES, stacks=stacks) for stacks in (True, False))
     for num_rows in (7, 6):  # two batches of an interval
         batch = deliveries(GROUPS, SHAPES, num_rows)

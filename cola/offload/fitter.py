@@ -7,44 +7,22 @@ optimizer and few kernels; adapters that have to step apart get a fitter each.
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cola.adaptation_data import AdaptationData
-from cola.adapters import Adapter, LinearAdapter, LowRankAdapter
+from cola.adapters import Adapter
 from cola.config.choices import ClipMode
 from cola.config.schema import OptimizerConfig
 from cola.errors import OffloadError
-from cola.gradient_learning import (
-    AdapterGradients,
-    adapter_gradients,
-    linear_gradients,
-    lowrank_gradients,
-    stacked_lowrank_gradients,
-)
 from cola.meters import count_bytes
+from cola.offload.batch_gradients import Batch, BatchGradients
 from cola.offload.buffers import MIN_BYTES, Buffers
 from cola.offload.fit import Fit
 from cola.offload.product_replays import ProductReplays
 from cola.optimizers import build_optimizer, optimizer_step
-from cola.runtime import product_dtype
-from cola.sites import SiteKind, SiteName
-
-
-class _Call(NamedTuple):
-    """One call of a site with a low-rank adapter."""
-
-    site: SiteName
-    adapter: LowRankAdapter
-    data: AdaptationData
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All that must have the same shape in a stack."""
-        x, g = self.data.hidden_input, self.data.hidden_gradient
-        return x, g, self.adapter.lora_a, self.adapter.lora_b
+from cola.sites import SiteName
 
 
 class AdapterFitter:
@@ -78,13 +56,19 @@ class AdapterFitter:
         """
         self._buffers = buffers or Buffers()
         self.adapters = dict(adapters)
-        self._scale = scale
-        self._replays = replays
         # Looked up once: walking a module's parameters costs more than stepping a small adapter.
         self._parameters = {s: dict(a.named_parameters()) for s, a in self.adapters.items()}
         everything = [p for named in self._parameters.values() for p in named.values()]
         self._dtype, self.device = everything[0].dtype, everything[0].device
         self._stacks = self.device.type == "cuda" if stacks is None else stacks
+        self._batch = BatchGradients(
+            self.adapters,
+            scale=scale,
+            dtype=self._dtype,
+            buffers=self._buffers,
+            stacks=self._stacks,
+            replays=replays,
+        )
         heads = [s for s, adapter in self.adapters.items() if adapter.spec.is_head]
         self._optimizer = build_optimizer(
             everything, optimizer, heads=[p for s in heads for p in self._parameters[s].values()]
@@ -96,53 +80,10 @@ class AdapterFitter:
         self._note_held()
 
     @torch.no_grad()
-    def accumulate(self, batch: Sequence[tuple[SiteName, AdaptationData]]) -> None:
+    def accumulate(self, batch: Batch) -> None:
         """Adds the gradients of one batch; the parameters are constant inside an interval."""
-        together: dict[int, list[_Call]] = {}
-        for site, data in batch:
-            adapter = self.adapters[site]
-            data = data.to(product_dtype(data.hidden_input, self._dtype))
-            is_matrix = adapter.spec.kind is not SiteKind.conv2d
-            if len(batch) > 1 and is_matrix and isinstance(adapter, LowRankAdapter):
-                key = id(data.hidden_input)  # sites with one input come with one tensor
-                together.setdefault(key, []).append(_Call(site, adapter, data))
-            elif isinstance(adapter, LinearAdapter) and _is_matrix_on_host(adapter, data):
-                product = self._buffers.take(adapter.weight.shape, data.hidden_input.dtype)
-                self._add(site, linear_gradients(adapter, data, self._scale, out=product))
-                self._buffers.give(product)
-            else:
-                self._add(site, adapter_gradients(adapter, data, self._scale))
-        for same in self._stackable(list(together.values())):
-            inputs = [calls[0].data.hidden_input for calls in same]
-            adapters = [[call.adapter for call in calls] for calls in same]
-            gradients = [[call.data.hidden_gradient for call in calls] for calls in same]
-            found: list[AdapterGradients] | None = None
-            if len(same) > 1:
-                # What is replayed lands where the gradients of an earlier batch may lie.
-                is_first = not any(self._gradients(call.site) for own in same for call in own)
-                if self._replays is not None and is_first:
-                    found = self._replays.gradients(adapters, inputs, gradients, self._scale)
-                if found is None:
-                    found = stacked_lowrank_gradients(adapters, inputs, gradients, self._scale)
-            else:
-                found = [lowrank_gradients(adapters[0], inputs[0], gradients[0], self._scale)]
-            for calls, own in zip(same, found, strict=True):
-                for call, gradient in zip(calls, own, strict=True):
-                    self._add(call.site, gradient)
-
-    def _stackable(self, inputs: list[list[_Call]]) -> Iterable[list[list[_Call]]]:
-        """Hidden inputs, each with its calls, by those that can be fitted in one product."""
-        if not self._stacks:
-            return [[calls] for calls in inputs]
-        alike: dict[tuple[torch.Size, ...], list[list[_Call]]] = {}
-        single = []
-        for calls in inputs:
-            shapes = [tuple(tensor.shape for tensor in call.tensors) for call in calls]
-            if len(set(shapes)) == 1:
-                alike.setdefault((*shapes[0], torch.Size([len(calls)])), []).append(calls)
-            else:  # adapters of one input that differ among themselves
-                single.append([calls])
-        return [*alike.values(), *single]
+        for site, gradients in self._batch.form(batch, lambda site: not self._gradients(site)):
+            self._add(site, gradients)
 
     def add_gradients(self, site: SiteName, gradients: Mapping[str, Tensor]) -> None:
         """Adds a batch's gradient that was formed elsewhere."""
@@ -267,10 +208,6 @@ class AdapterFitter:
             "adapters": count_bytes([*parameters, *gradients]),
             "optimizer": count_bytes(value for value in state if isinstance(value, Tensor)),
         }
-
-
-def _is_matrix_on_host(adapter: LinearAdapter, data: AdaptationData) -> bool:
-    return adapter.spec.kind is not SiteKind.conv2d and data.hidden_input.device.type == "cpu"
 
 
 @torch.no_grad()
