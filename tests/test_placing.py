@@ -1,11 +1,13 @@
 """Which adapter is fitted where."""
 
+import pytest
 import torch
 
 from cola.adapters import build_adapter
 from cola.config.choices import AdapterKind
 from cola.config.schema import AdapterConfig
-from cola.offload.timing import gradient_seconds
+from cola.offload.placing import spread
+from cola.offload.timing import gradient_seconds, relative_speeds
 from cola.sites import SiteKind, SiteSpec
 from cola.user_adapters import SiteAdapter
 from tests import tiny
@@ -38,6 +40,33 @@ def test_neighbours_go_to_different_places() -> None:
 def test_sites_of_one_module_stay_together() -> None:
     widths = dict.fromkeys(["0.q", "0.v", "1.q", "1.v"], 10)
     assert places_of(widths, 2) == [{"1.q", "1.v"}, {"0.q", "0.v"}]
+
+
+def test_a_faster_place_gets_more() -> None:
+    assert spread([1] * 6, [1.0, 0.5]) == [[1, 2, 4, 5], [0, 3]]
+    assert spread([4, 4, 4], [1.0, 0.25]) == [[0, 1, 2], []]
+
+
+def test_speeds_are_measured_and_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = (
+        tiny.filled_adapter(kind, tiny.site("linear").spec)
+        for kind in (AdapterKind.lowrank, AdapterKind.mlp)
+    )
+    measured: list[object] = []
+
+    def seconds(adapter: object, device: torch.device, *_: object) -> float:
+        measured.append(type(adapter))
+        return {"cuda:1": 1.04, "cuda:2": 1.0, "cuda:3": 2.1, "cuda:4": 90.0}[str(device)]
+
+    monkeypatch.setattr("cola.offload.timing.gradient_seconds", seconds)
+    devices = [torch.device("cuda", index) for index in (1, 2, 3, 4)]
+    found = relative_speeds([small, large], devices, torch.float64, 10)
+    assert found == [1.0, 1.0, 0.5, 0.25], "equal GPUs are equal, and none is left out"
+    assert measured == [type(large)] * 4
+    assert relative_speeds([small], devices[:1], torch.float64, 10) == [1.0]
+    convolution = tiny.filled_adapter(AdapterKind.lowrank, tiny.site("conv2d").spec)
+    assert relative_speeds([convolution], devices, torch.float64, 10) == [1.0] * 4
+    assert len(measured) == 4, "nothing to compare"
 
 
 def test_measuring_draws_no_random_numbers() -> None:

@@ -13,6 +13,7 @@ import torch
 from cola.config.choices import OffloadTarget, Payload, WireDType
 from cola.config.schema import OffloadConfig
 from cola.errors import ConfigError
+from cola.offload.timing import relative_speeds
 from cola.offload.transfer import Transfer
 from cola.offload.worker import InlineWorker, ThreadWorker, Worker
 from cola.sites import SiteName
@@ -83,8 +84,9 @@ class OffloadPlan:
     ) -> list[Group]:
         """Moves adapters to where they are fitted.
 
-        Spread by their number of parameters, which is the same in every run, and not by what their
-        fits are measured to take: which adapters are fitted in one product decides the last bits.
+        Spread by their number of parameters, which their fits take time in proportion to, and over
+        several GPUs by how fast these are measured to be. Speeds are rounded, so that equal GPUs
+        are equal in every run: which adapters are fitted in one product decides the last bits.
 
         Args:
             adapters: by site, in the order of the base model; taken over.
@@ -97,15 +99,16 @@ class OffloadPlan:
             owned = {site: adapter.to(base, dtype) for site, adapter in adapters.items()}
             inline = InlineWorker(base)
             return [_group(owned, blocks, inline, transfer)]
-        places = [
-            (worker, transfer)
-            for device in self.devices
-            for transfer in [Transfer(base, device, wire_dtype=self.wire_dtype)]
-            for worker in self._workers(device)
-        ]
+        relative = relative_speeds(list(adapters.values()), self.devices, dtype, self.num_rows)
+        places, speeds = [], []
+        for device, speed in zip(self.devices, relative, strict=True):
+            transfer = Transfer(base, device, wire_dtype=self.wire_dtype)
+            for worker in self._workers(device):
+                places.append((worker, transfer))
+                speeds.append(speed)
         costs = [sum(num_parameters(adapters[site]) for site in block) for block in blocks]
         groups = []
-        for (worker, transfer), own in zip(places, _spread(costs, len(places)), strict=True):
+        for (worker, transfer), own in zip(places, spread(costs, speeds), strict=True):
             runs = _joined([(blocks[index], costs[index]) for index in own])
             if transfer.target.type == "cuda":
                 runs = _parts([blocks[index] for index in own], FITS_PER_GPU)
@@ -186,16 +189,21 @@ def _blocks(sites: Sequence[SiteName]) -> list[list[SiteName]]:
     return [[site for _, site in pairs] for _, pairs in grouped]
 
 
-def _spread(costs: Sequence[int], num_places: int) -> list[list[int]]:
-    """Indices of the blocks of each place: a block goes where there is least to do so far.
+def spread(costs: Sequence[int], speeds: Sequence[float]) -> list[list[int]]:
+    """Indices of the blocks of each place: a block goes where it will be done first.
 
     Data arrives in the order of the backward pass, the last first, so that neighbours, which arrive
     together, go to different places.
+
+    Args:
+        costs: of the blocks.
+        speeds: of the places.
     """
-    loads = [0] * num_places
-    places: list[list[int]] = [[] for _ in range(num_places)]
+    loads = [0] * len(speeds)
+    places: list[list[int]] = [[] for _ in speeds]
     for index in reversed(range(len(costs))):
-        place = min(range(num_places), key=loads.__getitem__)
+        done = [(load + costs[index]) / speed for load, speed in zip(loads, speeds, strict=True)]
+        place = done.index(min(done))
         loads[place] += costs[index]
         places[place].insert(0, index)
     return places
