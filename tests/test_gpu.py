@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from cola.batches import BatchStream, place_rows
 from cola.config.choices import (
     AdapterKind,
     MergeMode,
@@ -14,8 +15,13 @@ from cola.config.choices import (
     UserLoss,
     UsersMode,
 )
+from cola.config.store import compose_run
 from cola.cuda_capture import CudaCapturer
+from cola.experiment import build_problem, build_task
 from cola.gradient_wiring import build_gradient_learner
+from cola.interfaces import Adaptation
+from cola.learners import build_learner
+from cola.models import build_base_model
 from cola.offload.placing import OffloadPlan
 from cola.stacked_sums import WeightStack
 from tests import layered, tiny, users
@@ -239,3 +245,38 @@ def test_weights_merged_by_one_product_are_rounded_once() -> None:
     # A sum that lies between two values of bfloat16 may fall on either side, and no further.
     assert (found == wanted).float().mean() > 0.999
     torch.testing.assert_close(found, wanted, rtol=2**-7, atol=1e-6)
+
+
+METHODS = {
+    "ft": ["method=ft"],
+    "lowrank": ["adapter=lowrank"],
+    "merged": ["adapter=lowrank", "merge=merged", "merge.pristine=base"],
+    "linear": ["adapter=linear"],
+    "mlp": ["adapter=mlp"],
+    "graphs": ["adapter=lowrank", "model.cuda_graphs=true"],
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("model", ["linear", "cnn"])
+def test_steps_on_images_never_wait_for_the_gpu(model: str, method: str) -> None:
+    config = compose_run(
+        ["task=mnist", "data_dir=builtin", "tracking=files", f"model={model}", *METHODS[method]]
+    ).config
+    device = torch.device("cuda:0")
+    problem = build_problem(config)
+    base = build_base_model(config.model, problem, seed=0, device=device)
+    task = place_rows(build_task(config, problem, base), device)
+    learner = build_learner(config, base, problem.objective, adaptations=100)
+    stream = BatchStream(task, batch_size=4, seed=0, device=device)
+    batches = stream.batches(1, 10)
+    try:
+        for step, batch in batches:
+            if step == 5:  # what is allocated, captured or tuned once is behind
+                torch.cuda.set_sync_debug_mode("error")
+            closing = Adaptation(number=step, learning_rate=1e-3)
+            learner.record(batch, closing)
+            learner.update(closing)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    learner.close()
