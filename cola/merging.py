@@ -72,6 +72,7 @@ class Merger:
         self._loss = RoundingLoss()
         self._may_stack = stacks
         self._stacks: dict[tuple[SiteName, ...], WeightStack] = {}
+        self._unstacked = set(sites)
         self._sites: dict[SiteName, _Site] = {}
         for name, spec in sites.items():
             module = base_model.get_submodule(name)
@@ -205,13 +206,14 @@ class Merger:
 
     def _stack(self, names: tuple[SiteName, ...]) -> WeightStack | None:
         """The stack of these sites, made when they come together first; None: one by one."""
-        known = {name for own in self._stacks for name in own}
-        if names not in self._stacks and len(names) > 1 and known.isdisjoint(names):
-            stack = WeightStack([self._sites[name].weight for name in names])
-            for name, weight in zip(names, stack.weights, strict=True):
-                self._sites[name] = dataclasses.replace(self._sites[name], weight=weight)
-            self._stacks[names] = stack
-        return self._stacks.get(names)
+        found = self._stacks.get(names)
+        if found is not None or len(names) == 1 or not self._unstacked.issuperset(names):
+            return found
+        stack = self._stacks[names] = WeightStack([self._sites[name].weight for name in names])
+        for name, weight in zip(names, stack.weights, strict=True):
+            self._sites[name] = dataclasses.replace(self._sites[name], weight=weight)
+        self._unstacked.difference_update(names)
+        return stack
 
     def _publish_stack(
         self, stack: WeightStack, adapters: Mapping[SiteName, SiteAdapter]

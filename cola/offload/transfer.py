@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -242,8 +243,14 @@ class Transfer:
 
 def stay(runs: Sequence[tuple[SiteSpec, SiteRun]]) -> list[Parcel]:
     """What is fitted of hidden inputs that are needed where they are."""
-    rows = [pick_rows(run.hidden_input, spec, run.dtype, run.kept) for spec, run in runs]
-    return [lambda own=own: own for own in rows]  # type: ignore[misc]
+    return [
+        partial(_itself, pick_rows(run.hidden_input, spec, run.dtype, run.kept))
+        for spec, run in runs
+    ]
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def pick_rows(tensor: Tensor, spec: SiteSpec, dtype: torch.dtype, kept: KeptRows | None) -> Tensor:
