@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from cola.adapters import Adapter
 from cola.config.choices import UserLoss
 from cola.config.schema import UsersConfig
-from cola.gradient_wiring import GradientLearning, build_gradient_learner
+from cola.gradient_settings import GradientLearning
+from cola.gradient_wiring import build_gradient_learner
 from cola.objectives import row_losses, task_loss
 from cola.oracle import attach_trainable, attach_users
 from cola.runtime import seed_everything

@@ -1,7 +1,6 @@
 """Wires gradient learning from its parts: fitters, fleet, taps and placements."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -10,23 +9,11 @@ from torch import Tensor, nn
 from cola.adapters import Adapter, install_parameters, skeleton
 from cola.attendance import Attendance
 from cola.bank import Bank
-from cola.block_capture import Capturer
 from cola.block_graphs import BlockGraphs
-from cola.config.choices import (
-    EvaluationMerge,
-    MergeMode,
-    Objective,
-    Payload,
-    Pristine,
-    Reduction,
-    Rounding,
-    UserGradient,
-)
-from cola.config.schema import ExperimentConfig, OptimizerConfig
-from cola.cuda_capture import CudaCapturer
-from cola.errors import ConfigError
+from cola.config.choices import MergeMode, Payload, UserGradient
 from cola.gradient_learner import GradientLearner
 from cola.gradient_learning import adapter_gradients
+from cola.gradient_settings import GradientLearning
 from cola.interfaces import Placement
 from cola.interval_loss import BatchLoss, IntervalLoss, UserLosses
 from cola.merging import Merger
@@ -36,46 +23,15 @@ from cola.offload.fit import Fitter
 from cola.offload.fitter import AdapterFitter
 from cola.offload.fleet import Fleet
 from cola.offload.payload import choose_payloads, may_form
-from cola.offload.placing import Group, OffloadPlan, resolve_offload
+from cola.offload.placing import Group
 from cola.offload.product_replays import ProductReplays
 from cola.offload.slot import Berth
 from cola.offload.user_fitter import UserFitter
 from cola.row_dropping import RowDropping
-from cola.runtime import resolve_device
 from cola.sites import SiteName, SiteSpec
 from cola.taps import Taps
 from cola.user_adapters import SiteAdapter, UserAdapters
 from cola.user_learning import UserLearning
-
-
-@dataclass(frozen=True, kw_only=True)
-class GradientLearning:
-    """Settings of gradient learning, whatever configuration they came from.
-
-    Attributes:
-        objective: what the loss scores.
-        scale: alpha.
-        mode: where adapters act while training.
-        optimizer, reduction: of the fits.
-        offload: where adapters are fitted, and how data gets there.
-        pristine, rounding: of merged weights.
-        evaluates_merged: None evaluates as training does.
-        users: who have adapters of their own; None: one set of adapters has no owner.
-        capturers: of a device: makes graphs of the base model's blocks, and of products of fits on
-            another GPU, which are then replayed; None: none are.
-    """
-
-    objective: Objective
-    scale: float
-    mode: MergeMode
-    optimizer: OptimizerConfig
-    reduction: Reduction
-    offload: OffloadPlan
-    pristine: Pristine = Pristine.host
-    rounding: Rounding = Rounding.nearest
-    evaluates_merged: bool | None = None
-    users: UserLearning | None = None
-    capturers: Callable[[torch.device], Capturer] | None = None
 
 
 def build_gradient_learner(
@@ -237,44 +193,6 @@ def _interval_loss(settings: GradientLearning) -> IntervalLoss:
     return UserLosses(
         settings.objective, settings.reduction, loss=users.loss, num_users=len(users.roster)
     )
-
-
-def resolve_settings(config: ExperimentConfig, objective: Objective) -> GradientLearning:
-    """The settings of gradient learning that a configuration means."""
-    evaluates_merged = {
-        EvaluationMerge.auto: None,
-        EvaluationMerge.both: None,
-        EvaluationMerge.merged: True,
-        EvaluationMerge.unmerged: False,
-    }[config.evaluation.merge]
-    return GradientLearning(
-        objective=objective,
-        scale=config.adapter.alpha,
-        mode=config.merge.mode,
-        pristine=config.merge.pristine,
-        rounding=config.merge.rounding,
-        optimizer=config.optimizer,
-        reduction=config.trainer.interval_reduction,
-        offload=resolve_offload(
-            config.offload,
-            resolve_device(config.device),
-            num_rows=config.trainer.batch_size * config.task.max_length,
-        ),
-        evaluates_merged=evaluates_merged,
-        capturers=_capturers(config),
-    )
-
-
-def _capturers(config: ExperimentConfig) -> Callable[[torch.device], Capturer] | None:
-    if not config.model.cuda_graphs:
-        return None
-    device = resolve_device(config.device)
-    if device.type != "cuda":
-        raise ConfigError(
-            f"model.cuda_graphs=true with device={device}: graphs are captured on a GPU; use "
-            "device=cuda:0, or leave it out"
-        )
-    return CudaCapturer
 
 
 def _placement(

@@ -19,7 +19,8 @@ from cola.config.choices import (
 from cola.config.schema import ExperimentConfig
 from cola.config.user_settings import UserSettings
 from cola.gradient_learner import set_training_mode
-from cola.gradient_wiring import build_gradient_learner, resolve_settings
+from cola.gradient_settings import resolve_settings
+from cola.gradient_wiring import build_gradient_learner
 from cola.interfaces import Learner
 from cola.models import BaseModel
 from cola.user_learning import build_users, with_plans

@@ -21,7 +21,8 @@ from cola.config.schema import ExperimentConfig
 from cola.errors import ConfigError
 from cola.experiment import build_problem, build_task, check_sites
 from cola.gradient_check import Subject, learned_gradients, true_gradients
-from cola.gradient_wiring import build_gradient_learner, resolve_settings
+from cola.gradient_settings import resolve_settings
+from cola.gradient_wiring import build_gradient_learner
 from cola.models import build_base_model
 from cola.report.text import format_table, print_text
 from cola.runtime import resolve_device

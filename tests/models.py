@@ -13,7 +13,8 @@ from cola.adapters import Adapter
 from cola.config.choices import AdapterKind, MergeMode, Objective, Reduction
 from cola.config.schema import ModelConfig
 from cola.gradient_learner import GradientLearner
-from cola.gradient_wiring import GradientLearning, build_gradient_learner
+from cola.gradient_settings import GradientLearning
+from cola.gradient_wiring import build_gradient_learner
 from cola.models import BaseModel
 from cola.objectives import IGNORED
 from cola.sites import SiteName

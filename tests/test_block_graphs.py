@@ -21,7 +21,8 @@ from cola.config.choices import AdapterKind, MergeMode, Objective
 from cola.cuda_capture import _span
 from cola.errors import ConfigError, TrainingError
 from cola.gradient_learner import GradientLearner
-from cola.gradient_wiring import build_gradient_learner, resolve_settings
+from cola.gradient_settings import resolve_settings
+from cola.gradient_wiring import build_gradient_learner
 from cola.installer import Installer
 from cola.interfaces import Adaptation
 from cola.task_data import Batch

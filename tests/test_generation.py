@@ -14,7 +14,8 @@ from cola.config.schema import AdapterConfig, GenerationConfig
 from cola.config.validation import validate
 from cola.errors import ConfigError
 from cola.generation import Decoding, check_positions, generate_texts, resolve_decoding
-from cola.gradient_wiring import GradientLearning, build_gradient_learner
+from cola.gradient_settings import GradientLearning
+from cola.gradient_wiring import build_gradient_learner
 from cola.models import BaseModel, build_base_model
 from cola.task_data import Problem, Split, TaskData
 from cola.tasks.collate import build_prompt_collator

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from cola.adapters import Adapter
 from cola.config.choices import AdapterKind, MergeMode, Objective, Reduction
-from cola.gradient_wiring import GradientLearning, build_gradient_learner
+from cola.gradient_settings import GradientLearning
+from cola.gradient_wiring import build_gradient_learner
 from cola.kept_rows import KeptRows, keep_rows
 from cola.models import BaseModel, build_base_model
 from cola.models.row_streams import with_streams

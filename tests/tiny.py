@@ -23,7 +23,8 @@ from cola.config.choices import (
 )
 from cola.config.schema import AdapterConfig, OptimizerConfig
 from cola.gradient_learner import GradientLearner, set_training_mode
-from cola.gradient_wiring import GradientLearning, build_gradient_learner
+from cola.gradient_settings import GradientLearning
+from cola.gradient_wiring import build_gradient_learner
 from cola.interfaces import Adaptation, Learner
 from cola.objectives import task_loss
 from cola.offload.placing import OffloadPlan

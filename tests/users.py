@@ -26,7 +26,8 @@ from cola.config.choices import (
 from cola.config.schema import OptimizerConfig
 from cola.config.user_settings import UserSettings
 from cola.gradient_learner import GradientLearner, set_training_mode
-from cola.gradient_wiring import GradientLearning, build_gradient_learner
+from cola.gradient_settings import GradientLearning
+from cola.gradient_wiring import build_gradient_learner
 from cola.offload.local_users import LocalUsers
 from cola.optimizers import build_optimizer, optimizer_step
 from cola.roster import Roster
