@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cola.adaptation_data import Parcel
 from cola.kept_rows import KeptRows
+from cola.offload.departures import Departures
 from cola.packing import packed_memory, unpack
 from cola.site_calls import SiteRun
 from cola.sites import SiteSpec, flatten_rows
@@ -102,6 +103,7 @@ class Transfer:
         self._source = source
         self._wire_dtype = wire_dtype
         self._last: dict[_Key, _Sent] = {}
+        self._departures = Departures()
         if self.crosses:
             self._base = torch.cuda.current_stream(source)
             self._stream = torch.cuda.Stream(source)  # type: ignore[no-untyped-call]
@@ -167,10 +169,8 @@ class Transfer:
             arrived.record(self._stream)
         finally:
             torch.cuda.set_stream(self._base)
-        # The base stream may free its tensors before the side stream is done with them.
-        for one in cargo:
-            for source in one.sources:
-                source.record_stream(self._stream)
+        sources = [source for one in cargo for source in one.sources]
+        self._departures.add(sources, arrived, self._base)
         wait = self._waiting(arrived)
         return [Shipment(tensor, wait, self.staged) for tensor in landed]
 
@@ -208,6 +208,8 @@ class Transfer:
     def forget(self) -> None:
         """Hidden inputs that were sent are of no use to sites to come."""
         self._last.clear()
+        if self._departures.num_bytes:
+            self._departures.let_go(self._base)
 
     def begin_step(self) -> None:
         """Learns which stream the base model runs on."""
