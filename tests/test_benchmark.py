@@ -111,6 +111,7 @@ def test_a_second_call_measures_what_is_missing(finished, monkeypatch, no_figure
     assert measured == ["ft", "ft"]
 
 
+@pytest.mark.slow
 def test_a_row_that_cannot_be_measured_says_so_and_the_rest_goes_on(monkeypatch, no_figure):
     whole = benchmark.build_subject
 

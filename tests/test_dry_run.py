@@ -32,6 +32,7 @@ def facts(*overrides: str) -> DryRun:
     return estimate(composed("dry_run=true", *overrides).config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("adapter", "trainable"), [("lowrank", 887_042), ("linear", 14_747_906), ("mlp", 8_484_098)]
 )
@@ -239,6 +240,7 @@ def sized(monkeypatch):
     return lambda *overrides: estimate(composed("dry_run=true", *overrides).config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("row", "trainable"),
     [

@@ -619,6 +619,7 @@ def test_masked_model_is_no_decoder(encoder_folder: Path) -> None:
         build_base_model(model_of("hf", path=str(encoder_folder)), text_problem("causal"), seed=0)
 
 
+@pytest.mark.slow
 def test_image_models_import_neither_transformers_nor_peft() -> None:
     script = (
         "import sys\n"

@@ -140,6 +140,7 @@ def apart(kind: str, position: int, interval: int) -> list[torch.Tensor]:
     return flat
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interval", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["ranks", "all", "optimizers"])
 def test_alone_equals_separate_runs(kind: str, interval: int) -> None:

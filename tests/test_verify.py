@@ -46,6 +46,7 @@ USERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("users", USERS)
 def test_every_site_of_users_is_exact(users):
     checks = run_checks(config_of(*MODELS["tiny-gpt2"], *USERS[users]))
