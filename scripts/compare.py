@@ -1,30 +1,31 @@
-"""Runs several configurations side by side and prints them as one table.
+"""Runs several configurations and prints them as one table.
 
     python scripts/compare.py demo
-    python scripts/compare.py glue data_dir=DATA model.path=MINILM --jobs 8 --json results.json
+    python scripts/compare.py glue data_dir=DATA model.path=MINILM --json results.json \
+        hydra/launcher=parallel hydra.launcher.jobs_per_device=8
 
 The comparison is a file in scripts/comparisons: `common` overrides, `variants` by name, and, if it
-has them, `tasks` by name and `seeds`. Further overrides apply to all. Every run has a folder of its
-own under outputs/compare. --json is written after every run; with --resume the runs that it holds
-already are not done again.
+has them, `tasks` by name and `seeds`. Further overrides apply to all. It is a sweep of `cola-train`
+below outputs/compare; --resume keeps the runs that are finished there, and those that --json holds.
 """
 
 import argparse
 import json
-import logging
-import multiprocessing
-import re
 import shutil
 import statistics
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from cola.cli.console import guard, set_up_logging
+from cola.cli.outcome import INTERRUPTED
+from cola.cli.train import COMMAND
+from cola.config.overrides import is_hydra_line
+from cola.errors import ConfigError
 from cola.report.text import format_table
 from cola.tracking import read_metrics
 
@@ -44,7 +45,6 @@ class Job:
     variant: str
     seed: int
     overrides: list[str]
-    folder: Path
 
     @property
     def facts(self) -> Result:
@@ -57,33 +57,49 @@ class Job:
         }
 
 
-def main() -> int:
-    """Runs the comparison; summaries and every loss go to --json. Exit code 1 if a run failed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("comparison", choices=sorted(path.stem for path in COMPARISONS.glob("*")))
-    parser.add_argument("overrides", nargs="*")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the comparison; summaries and losses go to --json. Exit codes are those of a sweep."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], allow_abbrev=False, epilog="key=value: overrides"
+    )
+    names = ", ".join(sorted(path.stem for path in COMPARISONS.glob("*.yaml")))
+    parser.add_argument("comparison", help=names)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--json", type=Path, help="write summaries and losses here")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each a process")
-    parser.add_argument("--resume", action="store_true", help="keep the runs that --json holds")
+    parser.add_argument("--resume", action="store_true", help="keep what is finished")
     parser.add_argument("--folder", type=Path, help="of the runs; outputs/compare/NAME")
-    arguments = parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args(argv)
+    set_up_logging()
+    return guard("compare", lambda: _compare(arguments, names))
+
+
+def _compare(arguments: argparse.Namespace, names: str) -> int:
+    from cola.cli.sweep import run_sweep  # Hydra takes half a second, which --help need not wait
+
+    path = COMPARISONS / f"{arguments.comparison}.yaml"
+    if not path.is_file():
+        raise ConfigError(f"comparison {arguments.comparison!r} does not exist; there are {names}")
+    given: list[str] = arguments.overrides
+    jobs = list(read_jobs(path, [line for line in given if not is_hydra_line(line)]))
     folder = arguments.folder or Path("outputs", "compare", arguments.comparison)
-    jobs = list(read_jobs(arguments.comparison, arguments.overrides, folder))
+    if not arguments.resume:
+        shutil.rmtree(folder, ignore_errors=True)
     kept = _read(arguments.json) if arguments.resume and arguments.json else []
-    results = {
-        index: next((r for r in kept if job.facts.items() <= r.items()), None)
-        for index, job in enumerate(jobs)
+    found = {
+        id(job): next((r for r in kept if job.facts.items() <= r.items()), None) for job in jobs
     }
-    left = {index: job for index, job in enumerate(jobs) if results[index] is None}
-    for index, result in _run_all(left, arguments.jobs):
-        results[index] = result
-        if arguments.json:
-            write(arguments.json, [result for result in results.values() if result])
-    sys.stdout.write(table([result for result in results.values() if result]) + "\n")
-    failed = [jobs[index] for index, result in results.items() if result is None]
-    for job in failed:
-        sys.stderr.write(f"failed: {job.folder} ({' '.join(job.overrides)})\n")
-    return 1 if failed else 0
+    left = [job for job in jobs if found[id(job)] is None]
+    shared = ["resume=once", f"hydra.sweep.dir={folder}", *filter(is_hydra_line, given)]
+    try:
+        code = run_sweep(COMMAND, shared, rows=[job.overrides for job in left]) if left else 0
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    found |= {id(job): _result(job, folder) for job in left}
+    results = [result for job in jobs if (result := found[id(job)])]
+    if arguments.json and results:
+        write(arguments.json, results)
+    sys.stdout.write(table(results) + "\n" if results else "")
+    return code
 
 
 def write(path: Path, results: list[Result]) -> None:
@@ -101,24 +117,12 @@ def _read(path: Path) -> list[Result]:
     return runs
 
 
-def _run_all(jobs: dict[int, Job], num_processes: int) -> Iterator[tuple[int, Result | None]]:
-    """Results as they come in."""
-    if num_processes == 1:
-        yield from ((index, run(job)) for index, job in jobs.items())
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_processes, mp_context=context) as pool:
-        running = {pool.submit(run, job): index for index, job in jobs.items()}
-        yield from ((running[future], future.result()) for future in as_completed(running))
-
-
-def read_jobs(name: str, overrides: list[str], folder: Path) -> Iterator[Job]:
+def read_jobs(path: Path, overrides: Sequence[str]) -> Iterator[Job]:
     """Every task, variant and seed of a comparison."""
-    comparison = yaml.safe_load((COMPARISONS / f"{name}.yaml").read_text(encoding="utf-8"))
+    comparison = yaml.safe_load(path.read_text(encoding="utf-8"))
     for seed in comparison.get("seeds", [0]):
         for task, task_lines in comparison.get("tasks", {ONLY_TASK: []}).items():
             for variant, lines in comparison["variants"].items():
-                label = re.sub(r"[^A-Za-z0-9]+", "_", f"{task} {variant} s{seed}").strip("_")
                 yield Job(
                     task=task,
                     variant=variant,
@@ -126,27 +130,18 @@ def read_jobs(name: str, overrides: list[str], folder: Path) -> Iterator[Job]:
                     overrides=[
                         *comparison["common"], *task_lines, *lines, f"seed={seed}", *overrides
                     ],
-                    folder=folder / label,
                 )  # fmt: skip
 
 
-def run(job: Job) -> Result | None:
-    """One run, its log to stderr; what it leaves in the results, or None if it failed."""
-    from cola.config.store import compose_run
-    from cola.experiment import run_experiment
+def _result(job: Job, folder: Path) -> Result | None:
+    """What a finished run leaves in the results."""
+    from cola.cli.sweep import finished_job
 
-    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
-    logging.getLogger("cola").setLevel(logging.INFO)
-    sys.stderr.write(f"{job.task} {job.variant}, seed {job.seed}\n")
-    shutil.rmtree(job.folder, ignore_errors=True)
-    try:
-        composed = compose_run([*job.overrides, f"hydra.run.dir='{job.folder}'"])
-        job.folder.mkdir(parents=True)
-        summary = run_experiment(composed.config, job.folder)
-    except Exception:
-        logging.exception("%s failed", job.folder)
+    run_dir = finished_job([f"hydra.sweep.dir={folder}", *job.overrides])
+    if run_dir is None:
         return None
-    losses = [row["train/loss"] for row in read_metrics(job.folder) if "train/loss" in row]
+    summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    losses = [row["train/loss"] for row in read_metrics(run_dir) if "train/loss" in row]
     summary.pop("run")  # one machine and commit for all
     return {**job.facts, "summary": summary, "losses": [round(loss, 7) for loss in losses]}
 

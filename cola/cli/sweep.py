@@ -69,6 +69,16 @@ def run_sweep(
     return report_sweep(jobs, [outcome or next(launched) for outcome in outcomes])
 
 
+def finished_job(overrides: Sequence[str]) -> Path | None:
+    """The folder in which a job of a sweep has been run to its end; None where it has not.
+
+    Args:
+        overrides: of the job, with the sweep's own for Hydra.
+    """
+    run = compose_run([_RUN_DIR, *overrides])
+    return finished_run(run.config, run.run_dir)
+
+
 def _expand(hydra: Hydra, master: DictConfig, lines: Sequence[str]) -> list[list[str]]:
     """Overrides of every job; an experiment's file may hold sweeps in `hydra.sweeper.params`."""
     sweeper = master.hydra.sweeper
