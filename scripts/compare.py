@@ -6,12 +6,11 @@
 
 The comparison is a file in scripts/comparisons: `common` overrides, `variants` by name, and, if it
 has them, `tasks` by name and `seeds`. Further overrides apply to all. It is a sweep of `cola-train`
-below outputs/compare; --resume keeps the runs that are finished there, and those that --json holds.
+below outputs/compare: what is finished there is kept, and with --resume what --json holds.
 """
 
 import argparse
 import json
-import shutil
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -66,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("comparison", help=names)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--json", type=Path, help="write summaries and losses here")
-    parser.add_argument("--resume", action="store_true", help="keep what is finished")
+    parser.add_argument("--resume", action="store_true", help="keep the runs that --json holds")
     parser.add_argument("--folder", type=Path, help="of the runs; outputs/compare/NAME")
     arguments = parser.parse_intermixed_args(argv)
     set_up_logging()
@@ -82,8 +81,6 @@ def _compare(arguments: argparse.Namespace, names: str) -> int:
     given: list[str] = arguments.overrides
     jobs = list(read_jobs(path, [line for line in given if not is_hydra_line(line)]))
     folder = arguments.folder or Path("outputs", "compare", arguments.comparison)
-    if not arguments.resume:
-        shutil.rmtree(folder, ignore_errors=True)
     kept = _read(arguments.json) if arguments.resume and arguments.json else []
     found = {
         id(job): next((r for r in kept if job.facts.items() <= r.items()), None) for job in jobs

@@ -48,8 +48,8 @@ def test_what_is_finished_is_kept_and_the_rest_is_run(capsys: pytest.CaptureFixt
     assert "±" in table[2], "over seeds"
 
     Path("results.json").unlink()
-    assert run("optimizer.lr=1e-3", "--resume") == 0
-    assert finished() == before, "finished in its folder"
+    assert run("optimizer.lr=1e-3") == 0
+    assert finished() == before, "finished in their folders"
     assert json.loads(Path("results.json").read_text())["runs"] == results
 
     shutil.rmtree("runs")
