@@ -22,6 +22,7 @@ from cola.gradient_wiring import build_gradient_learner
 from cola.interfaces import Adaptation
 from cola.learners import build_learner
 from cola.models import build_base_model
+from cola.offload import departures
 from cola.offload.placing import OffloadPlan
 from cola.stacked_sums import WeightStack
 from tests import layered, tiny, users
@@ -108,6 +109,30 @@ def test_every_payload_and_device_equals_autograd(
     learner.close()
     for name, parameter in plain.named_parameters():
         assert torch.equal(base.get_parameter(name).cpu(), parameter), name
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("plan", ["cpu-factors", "gpu-factors"])
+def test_weights_equal_autograd_when_every_copy_is_waited_for(
+    plan: str, graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if plan.startswith("gpu") and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    monkeypatch.setattr(departures, "LEAVING_BYTES", 0)
+    plain = tiny.net(layered.LayeredNet)
+    start = tiny.filled_adapters(plain, AdapterKind.lowrank)
+    stream = tiny.batches(plain, 15)
+    oracle = tiny.oracle_learner(plain, start)
+    tiny.train(oracle, stream)
+    base = tiny.net(layered.LayeredNet).cuda()
+    learner = build_gradient_learner(
+        base, tiny.specs(base), copy.deepcopy(start),
+        tiny.settings(offload=PLANS[plan], capturers=CudaCapturer if graphs else None),
+    )  # fmt: skip
+    tiny.train(learner, [batch.to(torch.device("cuda")) for batch in stream])
+    found = {site: copy.deepcopy(adapter).cpu() for site, adapter in learner.export().items()}
+    assert tiny.distance(found, oracle.export(), start) <= EXACT
+    learner.close()
 
 
 @pytest.mark.parametrize("interval", [1, 2])
