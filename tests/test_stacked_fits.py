@@ -145,6 +145,19 @@ def test_replayed_products_take_the_steps_of_plain_ones(interval: int) -> None:
     assert capturer.num_replays == 2 * (10 - 2)
 
 
+def test_inputs_and_gradients_of_one_shape_do_not_share_memory() -> None:
+    shapes = {"0.o": (5, 5, 2), "1.o": (5, 5, 2)}
+    replayed = fitter_of(shapes, stacks=True, replays=ProductReplays(Rerun()))
+    plain = fitter_of(shapes, stacks=False)
+    for _ in range(3):
+        for fitter in (replayed, plain):
+            fitter.accumulate(deliveries([["0.o"], ["1.o"]], shapes, 7))
+            fitter.step(Fit(number=1, learning_rate=0.1, gradient_scale=1.0))
+    for site, adapter in replayed.adapters.items():
+        found, wanted = tiny.flat(adapter), tiny.flat(plain.adapters[site])
+        torch.testing.assert_close(found, wanted, rtol=EXACT, atol=EXACT)
+
+
 def test_shapes_that_keep_changing_are_not_captured_without_end() -> None:
     capturer = Rerun()
     shapes = {name: SHAPES[name] for name in ("0.q", "0.v", "1.q", "1.v")}

@@ -15,9 +15,11 @@ from cola.errors import SiteError
 from cola.gradient_learner import GradientLearner
 from cola.gradient_wiring import build_gradient_learner
 from cola.interfaces import Adaptation
+from cola.kept_rows import KeptRows
 from cola.offload import placing
 from cola.offload.placing import OffloadPlan
 from cola.offload.transfer import Transfer
+from cola.site_calls import SiteRun
 from cola.sites import SiteKind, SiteSpec
 from tests import tiny
 from tests.tolerances import EXACT
@@ -239,3 +241,28 @@ def test_rows_are_rounded_to_the_dtype_of_the_wire() -> None:
     wire = Transfer(CPU, CPU, wire_dtype=torch.bfloat16)
     (sent,) = wire.ship([wire.rows_of(x, spec, x.dtype, None)])
     assert torch.equal(sent(), x.reshape(20, 3).bfloat16())
+
+
+def test_a_hidden_input_is_known_by_its_state_its_dtype_and_its_rows() -> None:
+    wire = LaggingTransfer(torch.device("cpu"), torch.device("cpu"))
+    spec = SiteSpec(name="q", kind=SiteKind.linear, in_features=3, out_features=3)
+    x = torch.rand(2, 2, 3, dtype=torch.float64)
+    some = KeptRows(shape=(2, 2), index=torch.tensor([0, 2]))
+
+    def send(*runs: SiteRun) -> list[Tensor]:
+        return [parcel() for parcel in wire.send_distinct([(spec, run) for run in runs])]
+
+    plain = SiteRun("q", x, x.dtype)
+    first, second = send(plain, plain._replace(site="v"))
+    (again,) = send(plain)
+    assert first is second is again
+    (single, few) = send(plain._replace(dtype=torch.float32), plain._replace(kept=some))
+    assert (single.dtype, len(few)) == (torch.float32, 2)
+    assert wire.num_copies == 3
+    x += 1.0
+    (changed,) = send(plain)
+    assert torch.equal(changed, x.flatten(0, 1))
+    assert not torch.equal(first, changed)
+    wire.forget()
+    send(plain)
+    assert wire.num_copies == 5

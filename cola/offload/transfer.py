@@ -133,9 +133,8 @@ class Transfer:
     def _find(self, run: SiteRun) -> Parcel | None:
         """The same, if it was sent before and has not been changed since."""
         found = self._last.get(_key(run))
-        if found is None or found.source() is not run.hidden_input:
-            return None
-        return found.parcel if found.version == run.hidden_input._version else None
+        is_same = found is not None and found.version == run.hidden_input._version
+        return found.parcel if found is not None and is_same else None
 
     def rows_of(
         self, tensor: Tensor, spec: SiteSpec, dtype: torch.dtype, kept: KeptRows | None
