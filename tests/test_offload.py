@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from cola.objectives import task_loss
 from cola.offload.fit import Fit
 from cola.offload.fitter import AdapterFitter
 from cola.offload.fleet import Fleet
-from cola.offload.slot import MAX_PENDING, Berth
+from cola.offload.slot import MAX_PENDING, Berth, Slot
 from cola.offload.transfer import Transfer
 from cola.offload.worker import InlineWorker, ThreadWorker, Worker
 from cola.site_calls import SiteRun
@@ -780,3 +781,35 @@ def test_a_gpu_names_the_broken_site_when_it_is_asked(
         fleet.finish()  # a step later all gradients are finite again
     with pytest.raises(OffloadError, match="hidden gradient of site 'second' is not finite"):
         fleet.drain()
+
+
+def test_a_worker_is_never_more_than_an_adaptation_ahead_of_its_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waited: list[int] = []
+
+    class Issued:
+        """Of an adaptation, on a GPU that takes its time."""
+
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def synchronize(self) -> None:
+            waited.append(self.number)
+
+    numbers = itertools.count(1)
+    monkeypatch.setattr(Transfer, "issued", lambda _: Issued(next(numbers)))
+    monkeypatch.setattr(Transfer, "follow", lambda *_: None)
+    fitter = AdapterFitter(
+        {"first": tiny.filled_adapter(AdapterKind.linear, tiny.site("linear").spec)},
+        tiny.optimizer(),
+        scale=1.0,
+    )
+    cpu = torch.device("cpu")
+    berth = Berth(
+        fitter=fitter, worker=InlineWorker(cpu), transfer=Transfer(cpu, cpu), blocks=[["first"]]
+    )
+    slot = Slot(berth, lambda adapters: {site: {} for site in adapters}, overlaps=True, staleness=0)
+    for number in (1, 2, 3):
+        slot.fit(fit(number), 1.0)
+    assert waited == [1, 2], "the first has none before it"

@@ -176,7 +176,11 @@ class Slot:
             # what went wrong, so that no adapter is stepped on half of its data.
             for future in arrived:
                 future.result()
-            published = previous.result().round
+            published, issued = previous.result()
+            if issued is not None:
+                # No host waits for another GPU otherwise: they would be ahead of it by more and
+                # more adaptations, whose data fills its memory.
+                issued.synchronize()
             with _named(self.fitter.adapters):
                 stepped = self.fitter.step(fit, clip_factor)
                 news = self._publish({site: self.fitter.adapters[site] for site in stepped})

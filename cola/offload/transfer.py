@@ -177,7 +177,8 @@ class Transfer:
         """Passed when all is done that this thread has issued where data goes; None: it is."""
         if not self.ends_on_gpu:
             return None
-        event: torch.cuda.Event = torch.cuda.current_stream(self.target).record_event()
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self.target))
         return event
 
     def follow(self, event: torch.cuda.Event | None) -> None:
