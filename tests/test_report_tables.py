@@ -129,6 +129,14 @@ def test_seeds_on_another_device_are_averaged(tmp_path: Path) -> None:
     assert cells(table(9, tmp_path), "linear LoRA")["seeds"] == "2"
 
 
+def test_coarse_products_are_told(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    assert "TensorFloat" not in " ".join(printed(table(9, tmp_path))[0].notes)
+    write_run(tmp_path, task="cifar10", settings={"model.tf32": True})
+    notes = printed(table(9, tmp_path))[0].notes
+    assert "products of TensorFloat-32 (model.tf32=true): linear" in notes
+
+
 def test_an_average_needs_every_column_at_the_same_seed(tmp_path: Path) -> None:
     settings = {"trainer.epochs": 40, "trainer.batch_size": 32}
     columns = [column for column in columns_of(3) if column != "avg"]

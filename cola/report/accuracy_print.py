@@ -76,6 +76,9 @@ def _how(section: Section) -> Iterator[str]:
     yield f"runs: {len(runs)}; seeds: {', '.join(map(str, seeds))}"
     if any(run.data_dir not in ("", BUILT_IN) for run in runs):
         yield "data: a local folder's (data_dir), which may differ from the hub's"
+    coarse = {run.model for run in runs if str(run.settings.get("model.tf32")).lower() == "true"}
+    if coarse:
+        yield f"products of TensorFloat-32 (model.tf32=true): {', '.join(sorted(coarse))}"
     if section.is_stand_in:
         yield "a stand-in's scores are no estimate of the paper's: its values are left out"
 
