@@ -1,7 +1,8 @@
 """Merged weights of many sites by one product, for GPUs: `rounded_sums` in bulk.
 
 A GPU merges a weight faster than a host launches what it takes. Weights of one shape therefore lie
-in one memory, and a stack of them is merged by one batched product and one sum.
+in one memory, and a stack of them is merged by one batched product and one sum. That takes a
+float32 copy of the stack for a moment, where `rounded_sums` takes a block.
 """
 
 from collections.abc import Sequence

@@ -9,6 +9,7 @@ import pytest
 
 from cola.cli.report import run_report
 from cola.grid import accuracy_rows
+from cola.report.bench_table import cost_table
 from tests.reports import COLA, MACHINE, VERSIONS, write_run
 
 
@@ -24,6 +25,12 @@ def measured(label: str, method: str, **changes: Any) -> dict[str, Any]:
         "synchronised": {"base_seconds": [0.1, 0.1, 0.1]}, "peak_reserved_mib": {},
         **changes,
     }  # fmt: skip
+
+
+def test_reserved_memory_is_the_base_devices_own() -> None:
+    peaks = {"cuda:0": 3000.0, "cuda:1": 5000.0}  # the base device first, then where fits are
+    text = cost_table([measured("lora", "lora", peak_reserved_mib=peaks, base_mib=2048.0)])
+    assert "2,048.0 [3,000]" in text
 
 
 def write_bench(folder: Path) -> None:

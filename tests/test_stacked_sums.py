@@ -117,3 +117,21 @@ def test_what_a_product_cannot_do_is_merged_one_by_one(
     before, merging = weights(base), merger(base, **settings)
     merging.install_all(merging.publish_all(filled(base)))
     assert not any(torch.equal(weight, before[name]) for name, weight in weights(base).items())
+
+
+def test_a_weight_that_is_stored_transposed_is_merged_transposed() -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    modules = {name: Conv1D(48, 48) for name in ("q", "v")}  # square: only its kind tells
+    base = nn.ModuleDict({**modules, "o": nn.Linear(48, 48)}).bfloat16().requires_grad_(False)
+    adapters = filled(base)
+    merging = merger(base)
+    before = weights(base)
+    merging.install_all(merging.publish_all(adapters))
+    assert len(merging._stacks) == 1
+    for name, weight in weights(base).items():
+        delta = adapters[name].lora_b.double() @ adapters[name].lora_a.double()
+        delta = delta if name == "o" else delta.T
+        exact = (before[name].double() + tiny.SCALE * delta).detach().bfloat16()
+        assert (weight == exact).float().mean() > 0.999, name

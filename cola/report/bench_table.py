@@ -182,7 +182,7 @@ def _cells(row: Mapping[str, Any]) -> Iterator[str]:
         yield from [MISSING] * (len(_HEADER) - 7)
         return
     low, high = row["seconds_spread"]
-    reserved = sum(row["peak_reserved_mib"].values())
+    reserved = next(iter(row["peak_reserved_mib"].values()), 0.0)  # the base device comes first
     base = f"{row['base_mib']:,.1f}" + (f" [{reserved:,.0f}]" if reserved else "")
     yield f"{_ms(row['seconds'])} [{_ms(low)}, {_ms(high)}]"
     yield _ms(row["synchronised"]["base_seconds"][0]) + paper.base()
