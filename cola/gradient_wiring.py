@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from cola.adaptation_data import AdaptationData
 from cola.adapters import Adapter, install_parameters, skeleton
 from cola.attendance import Attendance
 from cola.bank import Bank
@@ -166,9 +167,21 @@ def _formers(
                 placement.adapter(site) if isinstance(placement, Bank) else _outline(fitted, like)
             )
             assert not isinstance(here, UserAdapters)
-            form = partial(adapter_gradients, here, scale=settings.scale)
+            form = partial(_form, here, settings.scale, next(fitted.parameters()).dtype)
             formers[site] = Former(form, partial(fitter.add_gradients, site))
     return formers
+
+
+def _form(
+    adapter: Adapter, scale: float, dtype: torch.dtype, data: AdaptationData
+) -> dict[str, Tensor]:
+    """A gradient in the type that it is summed in.
+
+    What fits a host can do is bound by its memory: it should neither convert a gradient nor copy it
+    from where it lands, and the wire has more time than that.
+    """
+    found = adapter_gradients(adapter, data, scale)
+    return {name: gradient.to(dtype) for name, gradient in found.items()}
 
 
 def _outline(adapter: Adapter, like: Tensor) -> Adapter:

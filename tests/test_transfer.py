@@ -16,7 +16,9 @@ from cola.gradient_learner import GradientLearner
 from cola.gradient_wiring import build_gradient_learner
 from cola.interfaces import Adaptation
 from cola.kept_rows import KeptRows
-from cola.offload import placing
+from cola.offload import fitter, placing
+from cola.offload.buffers import Buffers
+from cola.offload.fitter import AdapterFitter
 from cola.offload.placing import OffloadPlan
 from cola.offload.transfer import Transfer
 from cola.site_calls import SiteRun
@@ -100,6 +102,47 @@ def test_weights_equal_autograd(
     assert tiny.distance(learner.export(), oracle.export(), start) <= EXACT
     assert wires[0].num_copies
     learner.close()
+
+
+def test_a_formed_gradient_lands_where_it_is_summed(
+    wires: list[LaggingTransfer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny.net(dtype=torch.float32).bfloat16()
+    first: dict[str, tuple[torch.dtype, bool]] = {}
+    add = AdapterFitter.add_gradients
+
+    def noting(fitter: AdapterFitter, site: str, gradients: Mapping[str, Tensor]) -> None:
+        add(fitter, site, gradients)
+        weight = gradients["weight"]
+        is_kept = fitter.state_dict(site)["gradient"]["weight"].data_ptr() == weight.data_ptr()
+        first.setdefault(site, (weight.dtype, is_kept))  # later calls are added to it
+
+    monkeypatch.setattr(AdapterFitter, "add_gradients", noting)
+    monkeypatch.setattr(fitter, "MIN_BYTES", 0)  # as if they were large
+    adapters = copy.deepcopy(tiny.filled_adapters(base, LINEAR))
+    learner = build_gradient_learner(
+        base,
+        tiny.specs(base),
+        {site: adapter.float() for site, adapter in adapters.items()},
+        tiny.settings(
+            mode=MergeMode.merged,
+            offload=OffloadPlan(devices=(CPU,), workers=1, payload=Payload.gradient),
+        ),
+    )
+    tiny.train(learner, tiny.batches(base, 1, dtype=torch.bfloat16))
+    learner.export()  # nothing is under way, and nothing went wrong
+    learner.close()
+    assert first == dict.fromkeys(tiny.specs(base), (torch.float32, True))
+
+
+def test_memory_that_data_lands_in_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffers, shape = Buffers(), torch.Size([1024, 512])
+    plain, pinned = torch.empty(shape), torch.empty(shape)
+    monkeypatch.setattr(Tensor, "is_pinned", lambda tensor: tensor is pinned)
+    for tensor in (pinned, plain):
+        buffers.give(tensor)
+    assert buffers.take(shape, torch.float32) is plain
+    assert buffers.take(shape, torch.float32) is not pinned
 
 
 def test_one_hidden_input_travels_once(wires: list[LaggingTransfer]) -> None:

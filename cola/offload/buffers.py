@@ -26,7 +26,11 @@ class Buffers:
         return torch.empty(shape, dtype=dtype)
 
     def give(self, tensor: Tensor) -> None:
-        """Takes a tensor back that `take` gave, or any other that its owner has done with."""
-        if tensor.nbytes >= MIN_BYTES and tensor.device.type == "cpu" and tensor.is_contiguous():
+        """Takes a tensor back that `take` gave, or any other that its owner has done with.
+
+        Pinned memory is for data that comes; it has an allocator of its own.
+        """
+        is_large = tensor.nbytes >= MIN_BYTES and tensor.device.type == "cpu"
+        if is_large and tensor.is_contiguous() and not tensor.is_pinned():
             with self._lock:
                 self._free.setdefault((tensor.shape, tensor.dtype), []).append(tensor)

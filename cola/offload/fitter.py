@@ -83,11 +83,11 @@ class AdapterFitter:
     def accumulate(self, batch: Batch) -> None:
         """Adds the gradients of one batch; the parameters are constant inside an interval."""
         for site, gradients in self._batch.form(batch, lambda site: not self._gradients(site)):
-            self._add(site, gradients)
+            self._add(site, gradients, is_given=self._stacks)
 
     def add_gradients(self, site: SiteName, gradients: Mapping[str, Tensor]) -> None:
-        """Adds a batch's gradient that was formed elsewhere."""
-        self._add(site, gradients)
+        """Adds a batch's gradient that was formed elsewhere, and that nobody else has."""
+        self._add(site, gradients, is_given=True)
 
     def gradient_norm(self, site: SiteName, fit: Fit) -> Tensor:
         """Norm of the interval's gradient of one adapter, a scalar; zero without data."""
@@ -176,14 +176,15 @@ class AdapterFitter:
         self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
     @torch.no_grad()
-    def _add(self, site: SiteName, gradients: Mapping[str, Tensor]) -> None:
+    def _add(self, site: SiteName, gradients: Mapping[str, Tensor], *, is_given: bool) -> None:
+        """Adds gradients, which lie in memory that may be kept, or are used again if large."""
         fresh: list[tuple[Tensor, Tensor]] = []
         for name, parameter in self._parameters[site].items():
             if parameter.grad is not None:
                 parameter.grad.add_(gradients[name])
                 continue
             gradient = gradients[name]
-            if gradient.dtype is self._dtype and (self._stacks or gradient.nbytes < MIN_BYTES):
+            if gradient.dtype is self._dtype and (is_given or gradient.nbytes < MIN_BYTES):
                 parameter.grad = gradient.contiguous()  # nobody else has it
                 continue
             parameter.grad = self._gradient_memory(parameter)

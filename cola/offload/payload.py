@@ -1,9 +1,10 @@
 """What of a site leaves the base device: its factors, or the gradient that they make.
 
 Factors are the paper's: hidden input and hidden gradient, whose product the offload device forms.
-A linear adapter's gradient is smaller than its factors once a batch has more than
-D H / (D + H) tokens, and forming it takes the base device one more product of the size of its own
-backward pass; forming it on a host's CPU may take seconds. Both are exact.
+Forming a linear adapter's gradient takes the base device one more product of the size of its own
+backward pass; forming it on a host's CPU may take seconds. It travels in the type that it is summed
+in, and of a float32 model is smaller than its factors once a batch has more than D H / (D + H)
+tokens. Both are exact.
 """
 
 import logging
@@ -86,7 +87,7 @@ def _measure(adapter: Adapter, base: torch.device, dtype: torch.dtype, num_rows:
     spec, home = adapter.spec, next(adapter.parameters()).device
     rate = _wire_rate(base, home)
     factor_bytes = num_rows * (spec.in_features + spec.out_features) * dtype.itemsize
-    gradient_bytes = sum(parameter.numel() for parameter in adapter.parameters()) * dtype.itemsize
+    gradient_bytes = sum(parameter.nbytes for parameter in adapter.parameters())
     return Seconds(
         factors=max(factor_bytes / rate, gradient_seconds(adapter, home, dtype, num_rows)),
         gradient=max(gradient_bytes / rate, gradient_seconds(adapter, base, dtype, num_rows)),
