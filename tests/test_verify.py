@@ -117,8 +117,9 @@ def make_wrong(monkeypatch, factor):
     """Multiplies what a fitter adds up of a site by factor(site)."""
     true = AdapterFitter._add
 
-    def wrong(self, site, gradients):
-        true(self, site, {name: factor(site) * gradient for name, gradient in gradients.items()})
+    def wrong(self, site, gradients, **settings):
+        spoilt = {name: factor(site) * gradient for name, gradient in gradients.items()}
+        true(self, site, spoilt, **settings)
 
     monkeypatch.setattr(AdapterFitter, "_add", wrong)
 
