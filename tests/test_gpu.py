@@ -282,6 +282,7 @@ METHODS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("model", ["linear", "cnn"])
 def test_steps_on_images_never_wait_for_the_gpu(model: str, method: str) -> None:

@@ -127,6 +127,18 @@ def test_cnn_halves_after_all_but_the_last_convolution() -> None:
     assert shapes == [(64, 8, 8), (128, 4, 4), (256, 2, 2), (512, 1, 1)]
 
 
+def test_answers_of_convolutions_lie_channels_last() -> None:
+    base = build_base_model(model_of("cnn"), image_problem(3, 16, 16), seed=0)
+    answers: list[torch.Tensor] = []
+    for index in range(1, 4):  # the fourth's are of one pixel, which lie either way
+        base.module.get_submodule(f"conv{index}").register_forward_hook(
+            lambda _module, _inputs, output: answers.append(output)
+        )
+    base.module(pixels=torch.zeros(2, 3, 16, 16))
+    assert [x.is_contiguous(memory_format=torch.channels_last) for x in answers] == [True] * 3
+    assert not any(x.is_contiguous() for x in answers)
+
+
 # Seeds and dtypes --------------------------------------------------------------------------------
 
 

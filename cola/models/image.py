@@ -131,8 +131,11 @@ def _cnn_layers(problem: Problem, *, channels: list[int]) -> OrderedDict[str, nn
 
 
 def _convolution(in_channels: int, out_channels: int) -> nn.Conv2d:
+    """Its weight lies channels last, and so does what it answers: a GPU's TF32 products want it."""
     convolution = nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=1, padding=1)
     nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+    weight = convolution.weight
+    weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     return convolution
 
 
