@@ -115,6 +115,7 @@ class GradientLearner:
             # Logits are not named: of a language model they are too large to outlive their use.
             weighted, loss = self._loss(self._base_model(**batch.inputs).logits, batch)
             backward()
+            self._fleet.begin_backward()
             weighted.backward()  # type: ignore[no-untyped-call]
         self._row_dropping.settle()
         self.route(None)

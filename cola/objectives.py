@@ -25,10 +25,8 @@ def task_loss(objective: Objective, logits: Tensor, batch: Batch) -> Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if objective is Objective.regression:
         return functional.mse_loss(logits.squeeze(-1), batch.labels.to(logits.dtype))
-    if objective is Objective.causal:  # a decoder predicts its own next token
-        return _token_loss(logits[:, :-1], batch.labels[:, 1:], batch.num_terms)
-    if objective is Objective.seq2seq:  # what the decoder reads is shifted already
-        return _token_loss(logits, batch.labels, batch.num_terms)
+    if objective.writes:
+        return _token_loss(logits, _targets(objective, batch.labels), batch.num_terms)
     return functional.cross_entropy(logits, batch.labels)
 
 
@@ -41,14 +39,24 @@ def row_losses(objective: Objective, logits: Tensor, batch: Batch) -> Tensor:
     labels = batch.labels
     if objective is Objective.regression:
         return (logits.squeeze(-1) - labels.to(logits.dtype)).square()
-    if objective is Objective.causal:
-        logits, labels = logits[:, :-1], labels[:, 1:]
     if objective.writes:
+        labels = _targets(objective, labels)
         terms = functional.cross_entropy(
             logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
         )
         return terms.view_as(labels).sum(dim=1)
     return functional.cross_entropy(logits, labels, reduction="none")
+
+
+def _targets(objective: Objective, labels: Tensor) -> Tensor:
+    """The token that each position is to predict, (B, T).
+
+    A decoder predicts its own next token; what an encoder-decoder reads is shifted already. Labels
+    are moved, not logits, which would be copied: of a large vocabulary they take gigabytes.
+    """
+    if objective is Objective.causal:
+        return functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    return labels
 
 
 def _token_loss(logits: Tensor, labels: Tensor, num_terms: int) -> Tensor:

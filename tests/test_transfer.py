@@ -145,6 +145,26 @@ def test_memory_that_data_lands_in_is_not_used_again(monkeypatch: pytest.MonkeyP
     assert buffers.take(shape, torch.float32) is not pinned
 
 
+def test_nothing_of_the_forward_pass_is_held_in_the_backward_pass(
+    wires: list[LaggingTransfer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, log = tiny.net(), []
+    learner = build(base, LOWRANK)
+    monkeypatch.setattr(wires[0], "forget", lambda: log.append("forget"))
+    ship = wires[0].ship
+    monkeypatch.setattr(wires[0], "ship", lambda cargo: [log.append("send"), ship(cargo)][1])
+    base.register_forward_hook(lambda *_: log.append("loss"))
+    batch = tiny.batches(base, 1)[0]
+    learner.record(batch, Adaptation(number=1, learning_rate=0.1))
+    end = log.index("loss")
+    assert log[0] == "forget"
+    assert log[1:end] == ["send"] * (end - 1)
+    assert log[end + 1] == "forget"
+    assert set(log[end + 2 :]) == {"send"}
+    learner.update(Adaptation(number=1, learning_rate=0.1))
+    learner.close()
+
+
 def test_one_hidden_input_travels_once(wires: list[LaggingTransfer]) -> None:
     base = tiny.net()
     learner = build(base, LOWRANK)

@@ -84,6 +84,11 @@ class Fleet:
         for slot in self._slots:
             slot.begin_step()
 
+    def begin_backward(self) -> None:
+        """The forward pass is over: what it sent has long left, and the loss needs the memory."""
+        for transfer in self._transfers:
+            transfer.forget()
+
     def takes_early(self, site: SiteName) -> bool:
         """Hidden inputs leave at once if that takes them off the base device."""
         is_needed_there = self._payloads[site] is Payload.gradient
