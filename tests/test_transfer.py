@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from cola.adapters import Adapter
 from cola.autograd_learner import AutogradLearner
 from cola.config.choices import AdapterKind, MergeMode, Payload
-from cola.errors import SiteError
+from cola.errors import OffloadError, SiteError
 from cola.gradient_learner import GradientLearner
 from cola.gradient_wiring import build_gradient_learner
 from cola.interfaces import Adaptation
 from cola.kept_rows import KeptRows
 from cola.offload import fitter, placing
 from cola.offload.buffers import Buffers
+from cola.offload.fit import Fit
 from cola.offload.fitter import AdapterFitter
 from cola.offload.placing import OffloadPlan
 from cola.offload.transfer import Transfer
@@ -111,8 +112,10 @@ def test_a_formed_gradient_lands_where_it_is_summed(
     first: dict[str, tuple[torch.dtype, bool]] = {}
     add = AdapterFitter.add_gradients
 
-    def noting(fitter: AdapterFitter, site: str, gradients: Mapping[str, Tensor]) -> None:
-        add(fitter, site, gradients)
+    def noting(
+        fitter: AdapterFitter, site: str, gradients: Mapping[str, Tensor], norms: Tensor
+    ) -> None:
+        add(fitter, site, gradients, norms)
         weight = gradients["weight"]
         is_kept = fitter.state_dict(site)["gradient"]["weight"].data_ptr() == weight.data_ptr()
         first.setdefault(site, (weight.dtype, is_kept))  # later calls are added to it
@@ -133,6 +136,61 @@ def test_a_formed_gradient_lands_where_it_is_summed(
     learner.export()  # nothing is under way, and nothing went wrong
     learner.close()
     assert first == dict.fromkeys(tiny.specs(base), (torch.float32, True))
+
+
+@pytest.mark.parametrize("clip", ["none", "adapter"])
+@pytest.mark.parametrize("num_batches", [1, 2])
+def test_norms_that_came_along_are_used_unless_gradients_were_summed(
+    clip: str, num_batches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    specs = tiny.specs(tiny.net())
+    own = {site: tiny.filled_adapter(LINEAR, specs[site]) for site in ("query", "value")}
+    settings = tiny.optimizer("sgd", clip, clip_norm=0.5)
+    asked, plain = (AdapterFitter(copy.deepcopy(own), settings, scale=1.0) for _ in range(2))
+    read: list[int] = []
+    norms_of = fitter._norms
+    monkeypatch.setattr(fitter, "_norms", lambda own: [read.append(len(own)), norms_of(own)][1])
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(num_batches):
+        for site, adapter in own.items():
+            gradients = {
+                name: torch.randn(p.shape, generator=generator, dtype=p.dtype)
+                for name, p in adapter.named_parameters()
+            }
+            norms = torch.stack([gradient.norm() for gradient in gradients.values()])
+            plain.add_gradients(site, copy.deepcopy(gradients))
+            asked.add_gradients(site, gradients, norms if site == "query" else None)
+    fit = Fit(number=1, learning_rate=0.1, gradient_scale=1.0)
+    plain.step(fit)
+    assert read == [4]
+    read.clear()
+    asked.step(fit)
+    assert read == ([2] if num_batches == 1 else [4])
+    start = {site: tiny.filled_adapter(LINEAR, specs[site]) for site in own}
+    assert tiny.distance(asked.adapters, plain.adapters, start) <= EXACT
+    asked.add_gradients("query", gradients)  # no norm outlives its gradient
+    read.clear()
+    asked.step(fit)
+    assert read == [2]
+
+
+def test_norms_of_rounded_gradients_are_taken_where_they_are_summed() -> None:
+    specs = tiny.specs(tiny.net())
+    adapter = tiny.filled_adapter(LINEAR, specs["query"])
+    fitting = AdapterFitter({"query": adapter}, tiny.optimizer(), scale=1.0)
+    gradients = {n: torch.ones(p.shape).bfloat16() for n, p in adapter.named_parameters()}
+    fitting.add_gradients("query", gradients, torch.tensor([float("nan")] * 2))
+    assert fitting.step(Fit(number=1, learning_rate=0.1, gradient_scale=1.0)) == ["query"]
+
+
+def test_a_broken_gradient_is_told_by_the_norm_that_came_along() -> None:
+    specs = tiny.specs(tiny.net())
+    adapter = tiny.filled_adapter(LINEAR, specs["query"])
+    fitting = AdapterFitter({"query": adapter}, tiny.optimizer(), scale=1.0)
+    gradients = {n: torch.full_like(p, float("inf")) for n, p in adapter.named_parameters()}
+    fitting.add_gradients("query", gradients, torch.tensor([float("inf")] * 2))
+    with pytest.raises(OffloadError, match="hidden gradient of site 'query' is not finite"):
+        fitting.step(Fit(number=1, learning_rate=0.1, gradient_scale=1.0))
 
 
 def test_memory_that_data_lands_in_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,7 +351,7 @@ def test_a_resumed_run_keeps_its_payloads(wires: list[LaggingTransfer]) -> None:
     other.load_state_dict(copy.deepcopy(chosen.state_dict()))
     wires[1].num_copies = 0
     other.record(tiny.batches(base, 1)[0], None)
-    assert wires[1].num_copies == 2 * 6  # weight and bias of every call
+    assert wires[1].num_copies == 3 * 6  # weight, bias and their norms, of every call
     chosen.close()
     other.close()
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from cola.adaptation_data import AdaptationData, Parcel
@@ -14,10 +15,15 @@ from cola.user_rows import UserRows
 
 
 class Former(NamedTuple):
-    """Forms the gradient of a site's adapter on the base device, and adds it where it is fitted."""
+    """Forms the gradient of a site's adapter on the base device, and adds it where it is fitted.
+
+    Attributes:
+        form: by parameter.
+        add: takes that, and the norm of each, (P,), in the same order, if it is known.
+    """
 
     form: Callable[[AdaptationData], Mapping[str, Tensor]]
-    add: Callable[[Mapping[str, Tensor]], None]
+    add: Callable[[Mapping[str, Tensor], Tensor | None], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +75,13 @@ class Gradient(NamedTuple):
     """A gradient that was formed on the base device, on its way."""
 
     parts: Mapping[str, Parcel]
-    add: Callable[[Mapping[str, Tensor]], None]
+    norms: Parcel | None
+    add: Callable[[Mapping[str, Tensor], Tensor | None], None]
 
     def receive(self) -> None:
         """Waits for all of it and adds it; runs where it is going."""
-        self.add({name: part() for name, part in self.parts.items()})
+        norms = None if self.norms is None else self.norms()
+        self.add({name: part() for name, part in self.parts.items()}, norms)
 
 
 def send_factors(calls: list[Call], transfer: Transfer) -> list[Factors]:
@@ -91,8 +99,15 @@ def send_factors(calls: list[Call], transfer: Transfer) -> list[Factors]:
 
 
 def send_gradient(call: Call, former: Former, transfer: Transfer) -> Gradient:
-    """Forms what both factors make of the adapter's gradient, and sends that."""
+    """Forms what both factors make of the adapter's gradient, and sends that.
+
+    A host, whose memory binds, need not read it just for its norm.
+    """
     _, data = call.receive()
     gradients = former.form(data)
-    cargo = [transfer.as_it_is(part) for part in gradients.values()]
-    return Gradient(dict(zip(gradients, transfer.ship(cargo), strict=True)), former.add)
+    leaving = list(gradients.values())
+    if transfer.crosses and not transfer.ends_on_gpu:
+        leaving.append(torch.stack(torch._foreach_norm(leaving)))
+    parcels = transfer.ship([transfer.as_it_is(part) for part in leaving])
+    norms = parcels.pop() if len(leaving) > len(gradients) else None
+    return Gradient(dict(zip(gradients, parcels, strict=True)), norms, former.add)

@@ -76,6 +76,9 @@ class AdapterFitter:
         clips = optimizer.clip is ClipMode["adapter"]
         self._clip_norm = optimizer.clip_norm if clips else None
         self._has_stepped = False
+        self._known_norms: dict[
+            SiteName, Tensor
+        ] = {}  # (P,), of what came last, alone in its interval
         self.held_bytes: dict[str, int] = {}
         self._note_held()
 
@@ -85,9 +88,23 @@ class AdapterFitter:
         for site, gradients in self._batch.form(batch, lambda site: not self._gradients(site)):
             self._add(site, gradients, is_given=self._stacks)
 
-    def add_gradients(self, site: SiteName, gradients: Mapping[str, Tensor]) -> None:
-        """Adds a batch's gradient that was formed elsewhere, and that nobody else has."""
+    def add_gradients(
+        self, site: SiteName, gradients: Mapping[str, Tensor], norms: Tensor | None = None
+    ) -> None:
+        """Adds a batch's gradient that was formed elsewhere, and that nobody else has.
+
+        Args:
+            site: whose.
+            gradients: by parameter, in the order of the adapter's.
+            norms: of each, (P,); None: not known.
+        """
+        is_first = not self._gradients(site)
         self._add(site, gradients, is_given=True)
+        self._known_norms.pop(site, None)
+        # What was rounded on its way has other norms.
+        is_exact = all(gradient.dtype is self._dtype for gradient in gradients.values())
+        if norms is not None and is_first and is_exact:
+            self._known_norms[site] = norms
 
     def gradient_norm(self, site: SiteName, fit: Fit) -> Tensor:
         """Norm of the interval's gradient of one adapter, a scalar; zero without data."""
@@ -116,7 +133,7 @@ class AdapterFitter:
         factors: Iterable[float | Tensor] = [fit.gradient_scale * clip_factor] * len(stepping)
         on_host = self.device.type == "cpu"
         if on_host or self._clip_norm is not None:
-            norms = _norms([gradient for own in stepping.values() for gradient in own])
+            norms = self._norms(stepping)
             if on_host:
                 _require_finite(norms, stepping, fit.number)
             if self._clip_norm is not None:
@@ -161,6 +178,7 @@ class AdapterFitter:
 
     def load_state_dict(self, states: Mapping[SiteName, Mapping[str, Any]]) -> None:
         """Continues from `state_dict` of every site; optimizer keys may have become strings."""
+        self._known_norms.clear()
         groups = self._optimizer.state_dict()["param_groups"]
         order = [id(p) for group in self._optimizer.param_groups for p in group["params"]]
         moments: dict[int, Any] = {}
@@ -196,6 +214,13 @@ class AdapterFitter:
         if self.device.type == "cpu":
             return self._buffers.take(parameter.shape, self._dtype)
         return torch.empty_like(parameter)
+
+    def _norms(self, gradients: Mapping[SiteName, Sequence[Tensor]]) -> Tensor:
+        """Norm of every gradient, (P,); those that are known are not computed again."""
+        known = self._known_norms
+        if not known:
+            return _norms([gradient for own in gradients.values() for gradient in own])
+        return torch.cat([known[s] if s in known else _norms(g) for s, g in gradients.items()])
 
     def _gradients(self, site: SiteName) -> list[Tensor]:
         return [p.grad for p in self._parameters[site].values() if p.grad is not None]
