@@ -110,7 +110,7 @@ def _measure(row: BenchRow, bench: BenchConfig) -> dict[str, Any]:
     check_host_memory(row, base)
     batches = build_batches(row, base, problem, bench.lengths)
     devices = devices_of(row, base)
-    iterations = bench.warmup + 2 * bench.iterations
+    iterations = bench.warmup + 2 * bench.iterations + 1  # as `measure` takes them
     subject = build_subject(row, base, problem.objective, iterations=iterations)
     try:
         found = measure(subject, batches, devices, warmup=bench.warmup, iterations=bench.iterations)

@@ -205,7 +205,37 @@ def test_slow_iterations_are_repeated_less_often(monkeypatch):
     subject = Slow()
     found = measure.measure(subject, ["batch"], [torch.device("cpu")], warmup=3, iterations=10)
     assert found["iterations"] == measure.SLOW_ITERATIONS
-    assert subject.steps == 2 + 2 * measure.SLOW_ITERATIONS
+    assert subject.steps == 2 + 2 * measure.SLOW_ITERATIONS + 1
+
+
+def test_time_is_the_median_of_iterations_that_have_something_to_wait_for(monkeypatch):
+    class Pipelined:
+        """Its first step after an idle moment is free, and its fourth meets something else."""
+
+        now, since_idle, work = 0.0, 0, 0.0
+
+        def step(self, batch):
+            self.now += [1.0, 6.0, 6.0, 30.0, 6.0, 5.0][self.since_idle]
+            self.since_idle += 1
+            self.work += 2.0
+
+        def finish(self):
+            self.now += 100.0
+            self.since_idle = 0
+
+        def costs(self):
+            held = {"cpu": {"base_model": 1}}
+            return measure.Measurements(stall_seconds=self.work, held_bytes=held)
+
+    subject = Pipelined()
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: subject.now)
+    monkeypatch.setattr(measure, "SLOW_SECONDS", 1000.0)
+    found = measure.measure(subject, ["batch"], [torch.device("cpu")], warmup=1, iterations=5)
+    assert found["seconds"] == 6.0
+    assert found["seconds_mean"] == pytest.approx((6 + 6 + 30 + 6 + 5) / 5)
+    assert found["seconds_spread"] == [5.0, 30.0]
+    assert found["stall_seconds"] == 2.0
+    assert found["stall_share"] == pytest.approx(2 / 6)
 
 
 def test_lengths_are_those_of_the_set_whatever_the_seed():

@@ -1,8 +1,8 @@
 """Times and memory of a subject, over iterations that nothing else disturbs.
 
 Twice the same number of iterations: one by one, each until nothing is under way on any device,
-which tells the parts of an iteration apart; then back to back, waiting once at the end, which is
-what a training run sees. Peaks of memory are over both.
+which tells the parts of an iteration apart; then back to back, each behind one that has fits under
+way as it has itself, which is what a training run sees. Peaks of memory are over both.
 """
 
 import statistics
@@ -97,25 +97,31 @@ def _one_by_one(step: Callable[[], None], subject: Subject, num: int) -> dict[st
 def _back_to_back(
     step: Callable[[], None], subject: Subject, num: int, device: torch.device
 ) -> dict[str, Any]:
-    """Seconds per iteration of a run that waits only at its end; spread between its iterations."""
+    """Seconds of an iteration among others, from the end of the one before: median and spread.
+
+    The first one has nothing to wait for: it is not counted, but that it costs what others cost.
+    """
     subject.finish()
-    before, start = subject.costs(), time.perf_counter()
+    before = subject.costs()
+    step()
     marks = [_mark(device)]
     for _ in range(num):
         step()
         marks.append(_mark(device))
     subject.finish()
-    seconds = (time.perf_counter() - start) / num
     after = subject.costs()
     intervals = [_interval(first, second) for first, second in pairwise(marks)]
-    parts = {f"{key}_seconds": value / num for key, value in _parts(before, after).items()}
+    seconds = statistics.median(intervals)
+    steps = num + 1
+    parts = {f"{key}_seconds": value / steps for key, value in _parts(before, after).items()}
     return {
         "seconds": seconds,
+        "seconds_mean": statistics.mean(intervals),
         "seconds_spread": [min(intervals), max(intervals)],
         **parts,
         "stall_share": parts["stall_seconds"] / seconds,
-        "sent_bytes": (_sent(after) - _sent(before)) / num,
-        "returned_bytes": (after.returned_bytes - before.returned_bytes) / num,
+        "sent_bytes": (_sent(after) - _sent(before)) / steps,
+        "returned_bytes": (after.returned_bytes - before.returned_bytes) / steps,
         "extra": after.extra,
     }
 

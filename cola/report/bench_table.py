@@ -15,8 +15,8 @@ MIB = 2**20
 MIB_PER_GIB = 1024
 
 LEGEND = """\
-Time is that of an iteration, end to end: iterations follow one another, wait for what is under way
-only after the last one, and share that wait; in brackets the shortest and the longest, without it.
+Time is that of an iteration, end to end, among others that follow one another: the median, in
+brackets the shortest and the longest.
 Base, fit and stall: the base device's busy time in forward and backward, the fit of one adapter,
 and the share of the time in which the base device's host waited for parameters. Base memory is the
 peak that was allocated on the base device [reserved]; on a CPU it is what weights and optimizer
