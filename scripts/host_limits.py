@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 from cola.bench.rows import with_random_weights
+from cola.config.choices import AdapterKind, MergeMode
 from cola.config.schema import ExperimentConfig
 from cola.config.store import compose_run
-from cola.errors import ColaError
+from cola.errors import ColaError, ConfigError
 from cola.experiment import build_problem
 from cola.models import build_base_model
 from cola.offload.placing import CORES_PER_WORKER
@@ -38,7 +39,13 @@ from cola.rounded_sums import Update, add_rounded
 from cola.runtime import product_dtype
 from cola.summary import describe_machine
 
-DEFAULTS = {"task": "dolly", "model": "llama-2-7b", "model.sites": "[all]", "adapter": "linear"}
+DEFAULTS = {
+    "task": "dolly",
+    "model": "llama-2-7b",
+    "model.sites": "[all]",
+    "adapter": "linear",
+    "merge": "merged",
+}
 ROUNDS = 5
 WIRE_BYTES = 256 << 20
 
@@ -167,10 +174,20 @@ def limits(config: ExperimentConfig, num_rows: int) -> dict[str, Any]:
 
 
 def compose(overrides: Sequence[str], batch_size: int) -> ExperimentConfig:
-    """The configuration: linear adapters on all layers of Llama-2-7B's shape, unless said."""
+    """The configuration: merged linear adapters, on all layers of Llama-2-7B's shape unless said.
+
+    Raises:
+        ConfigError: what cannot run, or has other adapters.
+    """
     given = {override.partition("=")[0] for override in overrides}
     usual = [f"{key}={value}" for key, value in DEFAULTS.items() if key not in given]
-    run = compose_run([*usual, "merge=merged", f"trainer.batch_size={batch_size}", *overrides])
+    run = compose_run([*usual, f"trainer.batch_size={batch_size}", *overrides])
+    adapter, merge = run.config.adapter.kind, run.config.merge.mode
+    if adapter is not AdapterKind.linear or merge is not MergeMode.merged:
+        raise ConfigError(
+            f"adapter={adapter.name} merge={merge.name}: what is measured are parts of the fit of "
+            "linear adapters that are merged; leave both out"
+        )
     return with_random_weights(run.config, run.given)
 
 
