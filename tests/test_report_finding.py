@@ -94,6 +94,33 @@ def test_measurements_know_their_call(tmp_path: Path) -> None:
     assert row["source"]["command"] == ["cola-bench"]
 
 
+def test_a_row_is_there_once_as_it_was_measured_last(tmp_path: Path) -> None:
+    def write(name: str, started: str, *rows: dict[str, object]) -> None:
+        calls = [{"command": ["cola-bench"], "started": started}]
+        facts = {"call": 0, "table": 13, "machine": {"gpus": []}, "lengths": "full"}
+        content = {"calls": calls, "rows": [facts | row for row in rows]}
+        (tmp_path / name).write_text(json.dumps(content))
+
+    write(
+        "a.json",
+        "2026-11-29T10:00:00+0000",
+        {"label": "lora", "batch_size": 8, "seconds": 2.0},
+        {"label": "lora", "batch_size": 32, "seconds": 8.0},
+        {"label": "floor", "batch_size": 8, "seconds": 1.0},
+    )
+    write(
+        "b.json",
+        "2026-11-28T10:00:00+0000",
+        {"label": "lora", "batch_size": 8, "seconds": 3.0},
+        {"label": "ft", "batch_size": 8, "seconds": 4.0},
+    )
+    write("c.json", "2026-11-30T10:00:00+0000", {"label": "ft", "batch_size": 8, "failed": "?"})
+    found = [
+        (row["batch_size"], row["label"], row["seconds"]) for row in find([tmp_path]).bench_rows
+    ]
+    assert found == [(8, "lora", 2.0), (8, "floor", 1.0), (8, "ft", 4.0), (32, "lora", 8.0)]
+
+
 def test_runs_survive_as_one_file(tmp_path: Path) -> None:
     write_run(tmp_path / "outputs", points={10: 0.5, 20: 0.6}, settings={"optimizer.lr": 0.1})
     runs = find([tmp_path / "outputs"]).runs

@@ -117,7 +117,8 @@ def _bars(
     axes.set_xlim(left=0, right=1.12 * max(ends))  # room for the numbers
     plain(axes)
     for place, value, end in zip(places, values, ends, strict=True):
-        axes.annotate(f" {value:,.3g}", (end, place), va="center", fontsize=6, color=INK)
+        number = f" {value:,.0f}" if value >= 1000 else f" {value:.3g}"
+        axes.annotate(number, (end, place), va="center", fontsize=6, color=INK)
 
 
 def _kind(row: Mapping[str, Any]) -> str:

@@ -45,7 +45,7 @@ class Found:
 
     Attributes:
         runs: finished, each once.
-        bench_rows: of `cola-bench`, finished or not, those of one section together.
+        bench_rows: of `cola-bench`, finished or not, each once, those of one section together.
         unfinished: folders of runs that go on or were stopped.
         broken: one message for each file that cannot be read.
     """
@@ -81,7 +81,28 @@ def find(paths: Sequence[Path]) -> Found:
     # The same run may lie in its folder and in a file that was made of it: folders came first.
     by_identity = {_identity(run): run for run in reversed(found.runs)}
     found.runs = list(reversed(by_identity.values()))
+    found.bench_rows = _newest(found.bench_rows)
     return found
+
+
+_SECTION = ("machine", "settings", "table", "model", "dtype", "users", "lengths", "batch_size")
+"""What rows of `cola-bench` agree in that stand in one section."""
+
+
+def _newest(rows: Sequence[BenchRow]) -> list[BenchRow]:
+    """Every row once, as it was measured last, and those of one section together."""
+
+    def key(row: BenchRow) -> tuple[str, object]:
+        return json.dumps([row.get(fact) for fact in _SECTION], sort_keys=True), row.get("label")
+
+    def age(row: BenchRow) -> tuple[bool, str]:
+        return "seconds" in row, row["source"].get("started", "")
+
+    newest = {key(row): row for row in sorted(rows, key=age)}
+    sections: dict[str, list[BenchRow]] = {}
+    for section, label in dict.fromkeys(map(key, rows)):
+        sections.setdefault(section, []).append(newest[section, label])
+    return [row for own in sections.values() for row in own]
 
 
 def _identity(run: Run) -> tuple[object, ...]:
