@@ -81,6 +81,13 @@ class AdapterPlan:
         adapters = (adapter for cohort in self.cohorts for adapter in cohort.adapters.values())
         return itertools.chain.from_iterable(adapter.parameters() for adapter in adapters)
 
+    def num_parameters(self, site: SiteName) -> int:
+        """Of the stacks at one site."""
+        return sum(
+            cohort.num_users * sum(p.numel() for p in cohort.adapters[site].parameters())
+            for cohort in self.cohorts
+        )
+
     def output(self, site: SiteName, x: Tensor) -> Tensor:
         """g(x) of a batch (B, ...) in which every cohort has its users' share of the rows."""
         ends = itertools.accumulate(cohort.num_users for cohort in self.cohorts)

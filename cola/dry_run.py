@@ -20,6 +20,7 @@ from cola.config.choices import (
     OffloadTarget,
     Payload,
     Pristine,
+    WireDType,
 )
 from cola.config.schema import ExperimentConfig
 from cola.experiment import build_problem, check_sites
@@ -42,7 +43,8 @@ class DryRun:
         base_parameters: of the frozen base model.
         users: K; 1 where one set of adapters is for everyone.
         trainable_parameters: of the method, of all users together.
-        wire_out_bytes: hidden inputs and gradients of one step, dense, each site its own.
+        wire_out_bytes: what leaves in one step: hidden inputs and gradients, dense, or, with
+            `offload.payload=gradient`, the adapters' gradients that are formed of them.
         wire_back_bytes: what one adaptation sends back.
         memory_bytes: by device, then by owner.
     """
@@ -140,11 +142,13 @@ def _trace(
     """Runs one training batch forward on the meta device.
 
     Returns:
-        Bytes of hidden inputs, each once, and hidden gradients over all sites, before rows of
-        padding are left out; and bytes kept for the backward pass.
+        Bytes of what is sent over all sites (hidden inputs, each once, and hidden gradients, before
+        rows of padding are left out; or adapters' gradients); and bytes kept for the backward pass.
     """
     method, offload = config.method.name, config.offload
-    stays = offload.name is OffloadTarget.none or offload.payload is Payload.gradient
+    forms = offload.payload is Payload.gradient
+    stays = offload.name is OffloadTarget.none or forms
+    rounds = offload.wire_dtype is WireDType.bfloat16
     model = base.module.train().requires_grad_(method is MethodName.ft)
     traffic: list[int] = []
     sent: list[Tensor] = []
@@ -154,9 +158,12 @@ def _trace(
 
     def adapt(site: SiteName, module: nn.Module, args: Any, hidden: Tensor) -> Tensor:
         # Both in the type that the site computes in; autocast is bfloat16, and unknown to meta.
-        size = 2 if config.model.autocast else hidden.element_size()
-        traffic.append(hidden.numel() * size)
-        if not any(args[0] is other for other in sent):
+        size = 2 if config.model.autocast or rounds else hidden.element_size()
+        if forms:
+            traffic.append(plan.num_parameters(site) * (2 if rounds else FLOAT32_BYTES))
+        else:
+            traffic.append(hidden.numel() * size)
+        if not forms and not any(args[0] is other for other in sent):
             sent.append(args[0])
             traffic.append(args[0].numel() * size)
         if method is MethodName.cola and stays:

@@ -145,6 +145,26 @@ def test_wire_of_roberta_base_when_offloaded():
     assert dry.wire_back_bytes == 887_042 * 4
 
 
+@pytest.mark.parametrize("model_dtype", ["float32", "bfloat16"])
+def test_wire_of_formed_gradients_is_that_of_the_adapters(model_dtype):
+    llama = ("task=synthetic", "model=tiny-llama", "adapter=linear", f"model.dtype={model_dtype}")
+    dry = facts(*llama, "offload=cpu", "offload.payload=gradient")
+    assert dry.wire_out_bytes == 4 * dry.trainable_parameters
+    rounded = facts(
+        *llama, "offload=cpu", "offload.payload=gradient", "offload.wire_dtype=bfloat16"
+    )
+    assert rounded.wire_out_bytes == 2 * dry.trainable_parameters
+
+
+def test_a_wire_of_bfloat16_carries_half():
+    plain = facts("task=synthetic", "model=tiny-llama", "offload=cpu")
+    rounded = facts(
+        "task=synthetic", "model=tiny-llama", "offload=cpu", "offload.wire_dtype=bfloat16"
+    )
+    assert 2 * rounded.wire_out_bytes == plain.wire_out_bytes
+    assert rounded.wire_back_bytes == plain.wire_back_bytes
+
+
 def test_hidden_inputs_that_leave_are_not_kept():
     kept = {
         choice: facts("task=synthetic", "model=tiny-llama", *choice.split()).memory_bytes["base"][

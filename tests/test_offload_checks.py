@@ -194,3 +194,4 @@ def test_data_of_a_bfloat16_model_is_no_narrower_on_the_wire():
     base = ("task=synthetic", "model=tiny-gpt2", "model.dtype=bfloat16", "offload=cpu")
     with pytest.raises(ConfigError, match=r"travels in bfloat16 anyway; leave it out$"):
         check("offload.wire_dtype=bfloat16", base=base)
+    check("offload.wire_dtype=bfloat16", base=(*base, "offload.payload=auto"))  # but its gradients

@@ -55,12 +55,14 @@ def check_offload(config: ExperimentConfig, given: Collection[str]) -> None:
             f"gradients on the base device, and offload.payload is {offload.payload.name}: use "
             "auto, or leave it out"
         )
-    if offload.wire_dtype is WireDType.bfloat16 and config.model.dtype is DType.bfloat16:
+    has_factors = offload.payload is Payload.factors
+    is_narrow = offload.wire_dtype is WireDType.bfloat16
+    if has_factors and is_narrow and config.model.dtype is DType.bfloat16:
         raise ConfigError(
             "offload.wire_dtype=bfloat16 with model.dtype=bfloat16: data of this model travels in "
             "bfloat16 anyway; leave it out"
         )
-    if offload.payload is not Payload.factors:
+    if not has_factors:
         _check_payload(config)
 
 
