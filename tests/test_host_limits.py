@@ -55,7 +55,7 @@ def test_workers_share_a_machine(monkeypatch):
     assert len(made) == 2  # of two cores each
 
 
-@pytest.mark.parametrize("mistake", ["modle=tiny-llama", "merge=unmerged", "adapter=lowrank"])
+@pytest.mark.parametrize("mistake", ["no_such_key=tiny-llama", "merge=unmerged", "adapter=lowrank"])
 def test_a_bad_command_line_is_one_message(monkeypatch, capsys, mistake):
     assert call(monkeypatch, mistake, *TINY[1:]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
