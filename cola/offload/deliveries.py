@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from cola.adaptation_data import AdaptationData, Parcel
 from cola.kept_rows import KeptRows
+from cola.offload.gradient_norms import norms_of
 from cola.offload.transfer import Transfer, pick_rows
 from cola.sites import SiteName, SiteSpec
 from cola.user_rows import UserRows
@@ -107,7 +107,7 @@ def send_gradient(call: Call, former: Former, transfer: Transfer) -> Gradient:
     gradients = former.form(data)
     leaving = list(gradients.values())
     if transfer.crosses and not transfer.ends_on_gpu:
-        leaving.append(torch.stack(torch._foreach_norm(leaving)))
+        leaving.append(norms_of(leaving))
     parcels = transfer.ship([transfer.as_it_is(part) for part in leaving])
     norms = parcels.pop() if len(leaving) > len(gradients) else None
     return Gradient(dict(zip(gradients, parcels, strict=True)), norms, former.add)

@@ -15,11 +15,11 @@ from torch import Tensor
 from cola.adapters import Adapter
 from cola.config.choices import ClipMode
 from cola.config.schema import OptimizerConfig
-from cola.errors import OffloadError
 from cola.meters import count_bytes
 from cola.offload.batch_gradients import Batch, BatchGradients
 from cola.offload.buffers import MIN_BYTES, Buffers
 from cola.offload.fit import Fit
+from cola.offload.gradient_norms import clip_factors, norms_of, require_finite
 from cola.offload.product_replays import ProductReplays
 from cola.optimizers import build_optimizer, optimizer_step
 from cola.sites import SiteName
@@ -76,9 +76,8 @@ class AdapterFitter:
         clips = optimizer.clip is ClipMode["adapter"]
         self._clip_norm = optimizer.clip_norm if clips else None
         self._has_stepped = False
-        self._known_norms: dict[
-            SiteName, Tensor
-        ] = {}  # (P,), of what came last, alone in its interval
+        # Of gradients that are a single batch's, (P,), if they came along.
+        self._known_norms: dict[SiteName, Tensor] = {}
         self.held_bytes: dict[str, int] = {}
         self._note_held()
 
@@ -111,7 +110,7 @@ class AdapterFitter:
         gradients = self._gradients(site)
         if not gradients:
             return torch.zeros((), dtype=self._dtype, device=self.device)
-        norm: Tensor = torch.linalg.vector_norm(_norms(gradients))
+        norm: Tensor = torch.linalg.vector_norm(norms_of(gradients))
         return fit.gradient_scale * norm
 
     def step(self, fit: Fit, clip_factor: float | Tensor = 1.0) -> list[SiteName]:
@@ -135,10 +134,10 @@ class AdapterFitter:
         if on_host or self._clip_norm is not None:
             norms = self._norms(stepping)
             if on_host:
-                _require_finite(norms, stepping, fit.number)
+                require_finite(norms, stepping, fit.number)
             if self._clip_norm is not None:
                 sizes = [len(own) for own in stepping.values()]
-                factors = _clip_factors(norms, sizes, fit.gradient_scale, self._clip_norm)
+                factors = clip_factors(norms, sizes, fit.gradient_scale, self._clip_norm)
         for gradients, factor in zip(stepping.values(), factors, strict=True):
             # Most text runs have one batch per interval and no clip: nothing to multiply.
             if not (isinstance(factor, float) and factor == 1.0):
@@ -163,8 +162,8 @@ class AdapterFitter:
         if self.device.type == "cpu":
             return
         parameters = {s: [*named.values()] for s, named in self._parameters.items()}
-        norms = _norms([parameter for own in parameters.values() for parameter in own])
-        _require_finite(norms, parameters, number)
+        norms = norms_of([parameter for own in parameters.values() for parameter in own])
+        require_finite(norms, parameters, number)
 
     def state_dict(self, site: SiteName) -> dict[str, Any]:
         """Adapter, optimizer state and the gradient of an interval in progress."""
@@ -219,8 +218,8 @@ class AdapterFitter:
         """Norm of every gradient, (P,); those that are known are not computed again."""
         known = self._known_norms
         if not known:
-            return _norms([gradient for own in gradients.values() for gradient in own])
-        return torch.cat([known[s] if s in known else _norms(g) for s, g in gradients.items()])
+            return norms_of([gradient for own in gradients.values() for gradient in own])
+        return torch.cat([known[s] if s in known else norms_of(g) for s, g in gradients.items()])
 
     def _gradients(self, site: SiteName) -> list[Tensor]:
         return [p.grad for p in self._parameters[site].values() if p.grad is not None]
@@ -234,39 +233,3 @@ class AdapterFitter:
             "adapters": count_bytes([*parameters, *gradients]),
             "optimizer": count_bytes(value for value in state if isinstance(value, Tensor)),
         }
-
-
-@torch.no_grad()
-def _norms(tensors: Sequence[Tensor]) -> Tensor:
-    """Norm of every tensor, (P,), in as few kernels as the device has for it."""
-    return torch.stack(torch._foreach_norm(list(tensors)))
-
-
-def _clip_factors(
-    norms: Tensor, sizes: Sequence[int], scale: float, clip_norm: float
-) -> Iterable[Tensor]:
-    """Of every adapter: scale * min(1, clip_norm / norm), without waiting for the device.
-
-    Args:
-        norms: (P,) of all gradients.
-        sizes: how many of them each adapter has, in order.
-        scale: of the gradients.
-        clip_norm: largest norm that an adapter's gradient is left with.
-    """
-    parts = torch.split_with_sizes(norms, list(sizes))
-    norm = scale * torch.stack([torch.linalg.vector_norm(part) for part in parts])
-    factors: Tensor = scale * (clip_norm / (norm + 1e-6)).clamp(max=1.0)  # (A,)
-    return torch.unbind(factors)
-
-
-def _require_finite(
-    norms: Tensor, tensors: Mapping[SiteName, Sequence[Tensor]], number: int
-) -> None:
-    """Raises with the first site that has a tensor whose norm, of (P,), is not finite."""
-    if bool(norms.isfinite().all()):
-        return
-    broken = next(s for s, own in tensors.items() if not _norms(own).isfinite().all())
-    raise OffloadError(
-        f"adaptation {number}: the hidden gradient of site {broken!r} is not finite: lower "
-        "optimizer.lr, set optimizer.clip=adapter, or check the data"
-    )
