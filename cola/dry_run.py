@@ -163,9 +163,9 @@ def _trace(
             traffic.append(plan.num_parameters(site) * (2 if rounds else FLOAT32_BYTES))
         else:
             traffic.append(hidden.numel() * size)
-        if not forms and not any(args[0] is other for other in sent):
-            sent.append(args[0])
-            traffic.append(args[0].numel() * size)
+            if not any(args[0] is other for other in sent):
+                sent.append(args[0])
+                traffic.append(args[0].numel() * size)
         if method is MethodName.cola and stays:
             kept.append(args[0])  # until its gradient arrives
         if method is MethodName.cola and config.merge.mode is not MergeMode.unmerged:

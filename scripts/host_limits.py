@@ -15,10 +15,11 @@ import argparse
 import json
 import statistics
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,29 +62,15 @@ def on_all_cores(make: Callable[[], Work]) -> float:
     """
     cores = torch.get_num_threads()
     num = max(1, cores // CORES_PER_WORKER)
-    barrier = threading.Barrier(num + 1)
-
-    def run() -> None:
-        torch.set_num_threads(max(1, cores // num))
-        work = make()
-        work()  # warm
-        for _ in range(ROUNDS):
-            barrier.wait()
-            work()
-            barrier.wait()
-
-    threads = [threading.Thread(target=run, daemon=True) for _ in range(num)]
-    for thread in threads:
-        thread.start()
+    limit = partial(torch.set_num_threads, max(1, cores // num))
     seconds = []
-    for _ in range(ROUNDS):
-        barrier.wait()
-        start = time.perf_counter()
-        barrier.wait()
-        seconds.append(time.perf_counter() - start)
-    for thread in threads:
-        thread.join()
-    return statistics.median(seconds) / num
+    with ThreadPoolExecutor(num, initializer=limit) as pool:
+        works = list(pool.map(lambda _: make(), range(num)))
+        for _ in range(1 + ROUNDS):  # the first one warms up
+            start = time.perf_counter()
+            list(pool.map(lambda work: work(), works))
+            seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:]) / num
 
 
 def host_parts(shape: Shape, num_rows: int, config: ExperimentConfig) -> dict[str, float]:

@@ -55,6 +55,14 @@ def test_workers_share_a_machine(monkeypatch):
     assert len(made) == 2  # of two cores each
 
 
+def test_a_worker_without_memory_ends_the_measurement():
+    def make():
+        raise MemoryError("no memory left")
+
+    with pytest.raises(MemoryError, match="no memory left"):
+        host_limits.on_all_cores(make)
+
+
 @pytest.mark.parametrize("mistake", ["no_such_key=tiny-llama", "merge=unmerged", "adapter=lowrank"])
 def test_a_bad_command_line_is_one_message(monkeypatch, capsys, mistake):
     assert call(monkeypatch, mistake, *TINY[1:]) == 2

@@ -164,6 +164,9 @@ def test_norms_that_came_along_are_used_unless_gradients_were_summed(
     plain.step(fit)
     assert read == [4]
     read.clear()
+    asked.gradient_norm("query", fit)  # what clipping across sites asks for
+    assert read == ([] if num_batches == 1 else [2])
+    read.clear()
     asked.step(fit)
     assert read == ([2] if num_batches == 1 else [4])
     start = {site: tiny.filled_adapter(LINEAR, specs[site]) for site in own}

@@ -110,7 +110,7 @@ class AdapterFitter:
         gradients = self._gradients(site)
         if not gradients:
             return torch.zeros((), dtype=self._dtype, device=self.device)
-        norm: Tensor = torch.linalg.vector_norm(norms_of(gradients))
+        norm: Tensor = torch.linalg.vector_norm(self._norms({site: gradients}))
         return fit.gradient_scale * norm
 
     def step(self, fit: Fit, clip_factor: float | Tensor = 1.0) -> list[SiteName]:
