@@ -13,6 +13,10 @@ from torch import Tensor
 ALIGNMENT = 512
 """Bytes that every tensor's memory begins at a multiple of, as if it had been allocated alone."""
 
+COPIED_ALONE_BYTES = 1 << 20
+"""From this size on a tensor has a copy of its own, which a GPU makes at the speed of its memory; one
+kernel for many tensors, made for small ones, is far from it."""
+
 
 def pack(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copies of tensors, contiguous; those of one dtype and device in one memory."""
@@ -27,7 +31,13 @@ def pack(tensors: Sequence[Tensor]) -> list[Tensor]:
         memory[start : start + tensor.numel()].view(tensor.shape)
         for start, tensor in zip(starts, tensors, strict=False)
     ]
-    torch._foreach_copy_(packed, list(tensors))
+    pairs = list(zip(packed, tensors, strict=True))
+    small = [pair for pair in pairs if pair[0].nbytes < COPIED_ALONE_BYTES]
+    if small:
+        torch._foreach_copy_([into for into, _ in small], [out_of for _, out_of in small])
+    for into, out_of in pairs:
+        if into.nbytes >= COPIED_ALONE_BYTES:
+            into.copy_(out_of)
     return packed
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from cola.config.choices import Rounding
 
-CPU_BLOCK_BYTES = 8 << 20
-"""Of the sum: smaller ones make threads of one kernel meet more often than they gain."""
+CPU_BLOCK_BYTES = 1 << 20
+"""Of the sum, for each thread: what it reads and writes three times stays in its core's cache, as
+memory is what binds a host that merges; smaller ones make threads meet more often than they gain."""
 
 GPU_BLOCK_BYTES = 64 << 20
 """Of the sum, within the second-level cache of large GPUs: every block costs four launches."""
@@ -98,7 +99,8 @@ def _add_to(total: Tensor, left: Tensor, right: Tensor | None, scale: float) -> 
 
 def _blocks(num_rows: int, row_bytes: int, device: torch.device, update: Update) -> list[slice]:
     """Rows of each block, the first block being the largest."""
-    block_bytes = CPU_BLOCK_BYTES if device.type == "cpu" else GPU_BLOCK_BYTES
+    on_host = device.type == "cpu"
+    block_bytes = CPU_BLOCK_BYTES * torch.get_num_threads() if on_host else GPU_BLOCK_BYTES
     # Every block reads the right factor once: it should be no larger than the block itself.
     rank = 0 if update.right is None else len(update.right)
     size = min(num_rows, max(1, rank, block_bytes // row_bytes))

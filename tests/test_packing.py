@@ -1,9 +1,10 @@
 """Tensors in one memory: what is copied as a whole comes out as it was."""
 
+import pytest
 import torch
 from torch import Tensor
 
-from cola.packing import ALIGNMENT, pack, packed_memory, unpack
+from cola.packing import ALIGNMENT, COPIED_ALONE_BYTES, pack, packed_memory, unpack
 
 SHAPES = [(2, 3, 5), (7,), (4, 256), (1, 1)]
 
@@ -19,7 +20,11 @@ def same(found: list[Tensor], wanted: list[Tensor]) -> bool:
     return all(torch.equal(a, b) and a.dtype is b.dtype for a, b in pairs)
 
 
-def test_packed_tensors_are_copies_in_one_aligned_memory() -> None:
+@pytest.mark.parametrize("alone", [0, 600, COPIED_ALONE_BYTES], ids=["all", "one", "none"])
+def test_packed_tensors_are_copies_in_one_aligned_memory(
+    monkeypatch: pytest.MonkeyPatch, alone: int
+) -> None:
+    monkeypatch.setattr("cola.packing.COPIED_ALONE_BYTES", alone)
     given = tensors(torch.bfloat16)
     packed = pack(given)
     assert same(packed, given)
