@@ -74,8 +74,18 @@ def linear_gradients(
     return gradients
 
 
+def inner_products(adapters: Sequence[LowRankAdapter], x: Tensor) -> list[Tensor]:
+    """A x of each adapter, (R, N), for x (N, D): what its gradient needs of x and w alone."""
+    down = _joined([adapter.lora_a for adapter in adapters], dim=0).to(x.dtype)  # (sum of R, D)
+    return list(torch.split_with_sizes((x @ down.T).T, _ranks(adapters)))
+
+
 def lowrank_gradients(
-    adapters: Sequence[LowRankAdapter], x: Tensor, gradients: Sequence[Tensor], scale: float
+    adapters: Sequence[LowRankAdapter],
+    x: Tensor,
+    gradients: Sequence[Tensor],
+    scale: float,
+    inner: Sequence[Tensor] | None = None,
 ) -> list[dict[str, Tensor]]:
     """Closed form for g_w(x) = x A'B': dB = scale * G'(XA'), dA = scale * (GB)'X.
 
@@ -87,22 +97,20 @@ def lowrank_gradients(
         x: (N, D), the hidden input of all of them.
         gradients: G of each, (N, H), in the dtype of x.
         scale: alpha.
+        inner: `inner_products`, if they have been formed.
 
     Returns:
         Of each adapter: `lora_a` (R, D) and `lora_b` (H, R), in the dtype of x.
     """
     g = [_scaled(gradient, scale) for gradient in gradients]
-    down = _joined([adapter.lora_a for adapter in adapters], dim=0).to(x.dtype)  # (sum of R, D)
     back = [own @ adapter.lora_b.to(x.dtype) for own, adapter in zip(g, adapters, strict=True)]
-    a = _joined(back, dim=1).T @ x  # (sum of R, D)
-    u = (x @ down.T).T  # (sum of R, N)
-    found, first = [], 0
-    for gradient, adapter in zip(g, adapters, strict=True):
-        last = first + len(adapter.lora_a)
-        # The transpose of what is wanted reads G in the order in which it lies.
-        found.append({"lora_a": a[first:last], "lora_b": (u[first:last] @ gradient).T})
-        first = last
-    return found
+    a = torch.split_with_sizes(_joined(back, dim=1).T @ x, _ranks(adapters))
+    u = inner_products(adapters, x) if inner is None else inner
+    # The transpose of what is wanted reads G in the order in which it lies.
+    return [
+        {"lora_a": own_a, "lora_b": (own_u @ gradient).T}
+        for own_a, own_u, gradient in zip(a, u, g, strict=True)
+    ]
 
 
 AdapterGradients = list[dict[str, Tensor]]
@@ -151,6 +159,10 @@ def stacked_products(
     parts = zip(a.to(master).unbind(), b.to(master).contiguous().unbind(), strict=True)
     found = [{"lora_a": one, "lora_b": other} for one, other in parts]
     return [found[first : first + each] for first in range(0, len(found), each)]
+
+
+def _ranks(adapters: Sequence[LowRankAdapter]) -> list[int]:
+    return [len(adapter.lora_a) for adapter in adapters]
 
 
 def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:

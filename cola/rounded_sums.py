@@ -14,7 +14,7 @@ from cola.config.choices import Rounding
 
 CPU_BLOCK_BYTES = 1 << 20
 """Of the sum, for each thread: what it reads and writes three times stays in its core's cache, as
-memory is what binds a host that merges; smaller ones make threads meet more often than they gain."""
+memory is what binds a host that merges; in smaller ones threads meet more often than it gains."""
 
 GPU_BLOCK_BYTES = 64 << 20
 """Of the sum, within the second-level cache of large GPUs: every block costs four launches."""

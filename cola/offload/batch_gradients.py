@@ -15,6 +15,7 @@ from cola.adapters import Adapter, LinearAdapter, LowRankAdapter
 from cola.gradient_learning import (
     AdapterGradients,
     adapter_gradients,
+    inner_products,
     linear_gradients,
     lowrank_gradients,
     stacked_lowrank_gradients,
@@ -69,6 +70,25 @@ class BatchGradients:
         self._adapters = adapters
         self._scale, self._dtype = scale, dtype
         self._buffers, self._stacks, self._replays = buffers, stacks, replays
+        # Of sites that have run and whose gradient has not come: the hidden input, and A x.
+        self._inner: dict[SiteName, tuple[Tensor, Tensor]] = {}
+
+    def prepare(self, inputs: Sequence[tuple[SiteName, Tensor]]) -> None:
+        """Forms what needs no hidden gradient, while those are still to come.
+
+        Args:
+            inputs: x (N, D) of sites that have run, the same tensor where it is the same.
+        """
+        together: dict[int, list[tuple[SiteName, LowRankAdapter]]] = {}
+        for site, x in inputs:
+            adapter = self._lowrank(site)
+            if adapter is not None and product_dtype(x, self._dtype) is x.dtype:
+                together.setdefault(id(x), []).append((site, adapter))
+        tensors = {id(x): x for _, x in inputs}
+        for key, own in together.items():
+            products = inner_products([adapter for _, adapter in own], tensors[key])
+            for (site, _), product in zip(own, products, strict=True):
+                self._inner[site] = tensors[key], product
 
     def form(
         self, batch: Batch, is_first: Callable[[SiteName], bool]
@@ -81,12 +101,12 @@ class BatchGradients:
         """
         together: dict[int, list[_Call]] = {}
         for site, data in batch:
-            adapter = self._adapters[site]
+            adapter, lowrank = self._adapters[site], self._lowrank(site)
             data = data.to(product_dtype(data.hidden_input, self._dtype))
             is_matrix = adapter.spec.kind is not SiteKind.conv2d
-            if len(batch) > 1 and is_matrix and isinstance(adapter, LowRankAdapter):
+            if lowrank is not None:
                 key = id(data.hidden_input)  # sites with one input come with one tensor
-                together.setdefault(key, []).append(_Call(site, adapter, data))
+                together.setdefault(key, []).append(_Call(site, lowrank, data))
             elif is_matrix and isinstance(adapter, LinearAdapter) and _is_on_host(data):
                 product = self._buffers.take(adapter.weight.shape, data.hidden_input.dtype)
                 yield site, linear_gradients(adapter, data, self._scale, out=product)
@@ -107,12 +127,30 @@ class BatchGradients:
         inputs = [calls[0].data.hidden_input for calls in alike]
         gradients = [[call.data.hidden_gradient for call in calls] for calls in alike]
         if len(alike) == 1:
-            return [lowrank_gradients(adapters[0], inputs[0], gradients[0], self._scale)]
+            inner = self._taken(alike[0])
+            return [lowrank_gradients(adapters[0], inputs[0], gradients[0], self._scale, inner)]
         if self._replays is not None and can_replay:
             found = self._replays.gradients(adapters, inputs, gradients, self._scale)
             if found is not None:
                 return found
         return stacked_lowrank_gradients(adapters, inputs, gradients, self._scale)
+
+    def _lowrank(self, site: SiteName) -> LowRankAdapter | None:
+        """A site's adapter, if its gradient is a few plain products."""
+        adapter = self._adapters[site]
+        if isinstance(adapter, LowRankAdapter) and adapter.spec.kind is not SiteKind.conv2d:
+            return adapter
+        return None
+
+    def _taken(self, calls: list[_Call]) -> list[Tensor] | None:
+        """What was prepared for all calls that meet one hidden input; None: not for all."""
+        found = []
+        for call in calls:
+            prepared = self._inner.pop(call.site, None)
+            if prepared is None or prepared[0] is not call.data.hidden_input:
+                return None
+            found.append(prepared[1])
+        return found
 
     def _alike(self, inputs: list[list[_Call]]) -> list[list[list[_Call]]]:
         """Hidden inputs, each with its calls, by those that can be fitted in one product."""

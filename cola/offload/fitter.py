@@ -82,6 +82,11 @@ class AdapterFitter:
         self._note_held()
 
     @torch.no_grad()
+    def prepare(self, inputs: Sequence[tuple[SiteName, Tensor]]) -> None:
+        """Does what needs no hidden gradient for sites that have run; parameters are those then."""
+        self._batch.prepare(inputs)
+
+    @torch.no_grad()
     def accumulate(self, batch: Batch) -> None:
         """Adds the gradients of one batch; the parameters are constant inside an interval."""
         for site, gradients in self._batch.form(batch, lambda site: not self._gradients(site)):

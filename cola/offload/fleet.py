@@ -99,7 +99,13 @@ class Fleet:
         parcels: list[Parcel] = []
         for transfer, own in itertools.groupby(runs, key=lambda run: self._way(run.site)):
             named = [(self._specs[run.site], run) for run in own]
-            parcels += stay(named) if transfer is None else transfer.send_distinct(named)
+            if transfer is None:
+                parcels += stay(named)
+                continue
+            sent = transfer.send_distinct(named)
+            for (_, run), parcel in zip(named, sent, strict=True):
+                self._slot_of[run.site].ran(run.site, parcel, run.hidden_input.nbytes)
+            parcels += sent
         return parcels
 
     def put(

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cola.adaptation_data import Parcel
 from cola.errors import ColaError, OffloadError
 from cola.offload.deliveries import (
     Call,
@@ -31,6 +32,9 @@ Publish = Callable[[Mapping[SiteName, SiteAdapter]], Round]
 
 MAX_PENDING = 2
 """Batches of one block that may wait for its worker before the base model has to."""
+
+PREPARED_BYTES = 4 << 20
+"""Hidden inputs from this size on are worth a task of their own before their gradients come."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +58,12 @@ class Berth:
 
 @dataclass
 class _Block:
-    """Sites that travel together, and their calls that have not left yet."""
+    """Sites that travel together, and what has not left, or has not been prepared, yet."""
 
     open: set[SiteName]
     num_sites: int
     calls: list[tuple[Call, Former | None]] = field(default_factory=list)
+    inputs: list[tuple[SiteName, Parcel]] = field(default_factory=list)
 
 
 @dataclass
@@ -112,6 +117,7 @@ class Slot:
         self._gathers = berth.gathers
         self._sent = _Sent()
         self._pending: list[tuple[set[SiteName], Future[Counted]]] = []  # since the last fit
+        self._prepared: list[Future[None]] = []  # since data was handed over
         blocks = [_Block(set(sites), len(sites)) for sites in berth.blocks]
         self._blocks = {
             site: block for sites, block in zip(berth.blocks, blocks, strict=True) for site in sites
@@ -130,6 +136,27 @@ class Slot:
         self.flush()
         for site, block in self._blocks.items():
             block.open.add(site)
+            block.inputs.clear()
+
+    def ran(self, site: SiteName, hidden_input: Parcel, num_bytes: int) -> None:
+        """A site's hidden input has left in the forward pass, in which a host's workers idle.
+
+        Its block's are prepared together: sites that share one read it once.
+        """
+        if not self.transfer.crosses or self.transfer.ends_on_gpu or num_bytes < PREPARED_BYTES:
+            return
+        block = self._blocks[site]
+        block.inputs.append((site, hidden_input))
+        if len(block.inputs) < block.num_sites:
+            return
+        inputs, block.inputs = block.inputs, []
+
+        def run() -> None:
+            with _named(site for site, _ in inputs):
+                self.fitter.prepare([(site, parcel()) for site, parcel in inputs])
+            inputs.clear()  # the task outlives its data
+
+        self._prepared.append(self._worker.submit(run))
 
     def put(self, call: Call, former: Former | None) -> None:
         """Takes one call of a site; a former makes its gradient before it leaves.
@@ -238,11 +265,14 @@ class Slot:
 
     def _hand_over(self) -> None:
         """Lets the worker count in what was sent, when it arrives."""
-        sent, self._sent = self._sent, _Sent()
-        if not sent.sites:
+        if not self._sent.sites:
             return
+        sent, self._sent = self._sent, _Sent()
+        prepared, self._prepared = self._prepared, []
 
         def run() -> Counted:
+            for future in prepared:  # an earlier task of this worker: it raises, and never waits
+                future.result()
             with _named(sent.sites):
                 self.fitter.accumulate([one.receive() for one in sent.factors])
                 for gradient in sent.gradients:

@@ -69,6 +69,9 @@ class UserFitter:
         self.held_bytes: dict[str, int] = {}
         self._note_held()
 
+    def prepare(self, inputs: Sequence[tuple[SiteName, Tensor]]) -> None:
+        """Nothing: whose rows are whose is told with the hidden gradients."""
+
     def accumulate(self, batch: Sequence[tuple[SiteName, AdaptationData]]) -> None:
         """Adds the gradients of one batch; the parameters are constant inside an interval."""
         for site, data in batch:
