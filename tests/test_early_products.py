@@ -139,7 +139,7 @@ def test_data_that_is_multiplied_in_another_type_is_not_prepared(
 
 def learners(monkeypatch: pytest.MonkeyPatch, threshold: int) -> GradientLearner:
     monkeypatch.setattr(placing, "Transfer", LaggingTransfer)
-    monkeypatch.setattr("cola.offload.slot.PREPARED_BYTES", threshold)
+    monkeypatch.setattr("cola.offload.outbox.PREPARED_BYTES", threshold)
     base = tiny.net(LayeredNet)
     return tiny.gradient_learner(base, tiny.filled_adapters(base, LOWRANK), offload="cpu")
 

@@ -81,7 +81,7 @@ def test_weights_equal_autograd_whatever_the_delays(
     case = f"{mode.name} {interval} {net.__name__}"
     delay_handovers(monkeypatch, random.Random(case))
     monkeypatch.setattr(placing, "Transfer", wire)
-    monkeypatch.setattr("cola.offload.slot.PREPARED_BYTES", 0)
+    monkeypatch.setattr("cola.offload.outbox.PREPARED_BYTES", 0)
     chances = random.Random(case)  # apart from the delays, whose order is the threads'
     learner = tiny.gradient_learner(
         base, start, mode=mode, offload="cpu", num_workers=num_workers,
