@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from cola import packing
 from cola.batches import BatchStream, place_rows
 from cola.config.choices import (
     AdapterKind,
@@ -22,7 +23,7 @@ from cola.gradient_wiring import build_gradient_learner
 from cola.interfaces import Adaptation
 from cola.learners import build_learner
 from cola.models import build_base_model
-from cola.offload import departures
+from cola.offload import departures, outbox
 from cola.offload.placing import OffloadPlan
 from cola.stacked_sums import WeightStack
 from tests import layered, tiny, users
@@ -111,25 +112,29 @@ def test_every_payload_and_device_equals_autograd(
         assert torch.equal(base.get_parameter(name).cpu(), parameter), name
 
 
+@pytest.mark.parametrize("interval", [1, 2])
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("plan", ["cpu-factors", "gpu-factors"])
-def test_weights_equal_autograd_when_every_copy_is_waited_for(
-    plan: str, graphs: bool, monkeypatch: pytest.MonkeyPatch
+def test_weights_equal_autograd_when_all_data_counts_as_large(
+    plan: str, graphs: bool, interval: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Every copy is waited for, packed tensors are copied alone, and hosts prepare their fits."""
     if plan.startswith("gpu") and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     monkeypatch.setattr(departures, "LEAVING_BYTES", 0)
+    monkeypatch.setattr(packing, "COPIED_ALONE_BYTES", 0)
+    monkeypatch.setattr(outbox, "PREPARED_BYTES", 0)
     plain = tiny.net(layered.LayeredNet)
     start = tiny.filled_adapters(plain, AdapterKind.lowrank)
     stream = tiny.batches(plain, 15)
     oracle = tiny.oracle_learner(plain, start)
-    tiny.train(oracle, stream)
+    tiny.train(oracle, stream, interval=interval)
     base = tiny.net(layered.LayeredNet).cuda()
     learner = build_gradient_learner(
         base, tiny.specs(base), copy.deepcopy(start),
         tiny.settings(offload=PLANS[plan], capturers=CudaCapturer if graphs else None),
     )  # fmt: skip
-    tiny.train(learner, [batch.to(torch.device("cuda")) for batch in stream])
+    tiny.train(learner, [batch.to(torch.device("cuda")) for batch in stream], interval=interval)
     found = {site: copy.deepcopy(adapter).cpu() for site, adapter in learner.export().items()}
     assert tiny.distance(found, oracle.export(), start) <= EXACT
     learner.close()
