@@ -15,10 +15,8 @@ import torch
 from torch import Tensor
 
 from cola.interfaces import ParameterSource, Placement
+from cola.lookahead import Lookahead
 from cola.sites import SiteName
-
-FETCHED_AHEAD_BYTES = 64 << 20
-"""Parameters of sites to come that are fetched together, as soon as they are there."""
 
 
 class Installer:
@@ -50,14 +48,11 @@ class Installer:
         if device.type == "cuda":
             self._base = torch.cuda.current_stream(device)
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._ahead = 0  # sites of `_order` that have this version, or are on their way
+        self._lookahead = Lookahead(self._order)
         self._arrivals: dict[SiteName, torch.cuda.Event] = {}  # of sites that have not run since
         self._last_arrival: torch.cuda.Event | None = None
-        self._num_bytes: dict[SiteName, int] = {}  # of what came last
         self._following: int | None = None
         self._released: list[SiteName] = []  # not installed yet
-        self._coming: dict[SiteName, int] = {}  # bytes of what is fetched before its site runs
-        self._num_coming = 0  # bytes of all of them
 
     def begin(self, version: int, following: int | None = None) -> None:
         """A new forward pass; everything that used older parameters has been issued.
@@ -67,9 +62,8 @@ class Installer:
             following: the version of the next pass, if this one's data is all that it waits for.
         """
         self._version, self._following = version, following
-        self._ahead = 0
         self._released = []
-        self._coming, self._num_coming = {}, 0  # what came earlier holds nothing up
+        self._lookahead.begin()
         if self._stream is not None:
             self._base = torch.cuda.current_stream(self._device)
             self._stream.wait_stream(self._base)
@@ -80,7 +74,7 @@ class Installer:
             self._fetch([site], self._version)
         if self._stream is None:
             return
-        self._num_coming -= self._coming.pop(site, 0)
+        self._lookahead.passed(site)
         arrival = self._arrivals.pop(site, None)
         if arrival is not None and arrival is not self._last_arrival:
             self._base.wait_event(arrival)
@@ -119,28 +113,19 @@ class Installer:
             self._base.wait_stream(self._stream)
         self._installed.clear()
         self._arrivals.clear()
-        self._coming, self._num_coming = {}, 0
+        self._lookahead.begin()
 
     def _fetch_ahead(self) -> None:
         """Fetches the next sites that are ready, unless enough are on their way."""
-        if self._ahead == len(self._order):
-            return
-        coming: list[SiteName] = []
-        num_bytes = self._num_coming
-        while self._ahead < len(self._order) and num_bytes < FETCHED_AHEAD_BYTES:
-            site = self._order[self._ahead]
-            if self._installed.get(site) != self._version:
-                if not self._source.ready([site], self._version):
-                    break
-                coming.append(site)
-                num_bytes += self._num_bytes.get(site, 0)
-            self._ahead += 1
+        version = self._version
+        coming = self._lookahead.due(
+            lambda site: self._installed.get(site) == version,
+            lambda site: bool(self._source.ready([site], version)),
+        )
         if coming:
-            self._fetch(coming, self._version)
-            self._coming.update((site, self._num_bytes[site]) for site in coming)
-            self._num_coming = sum(self._coming.values())
+            self._fetch(coming, version, ahead=True)
 
-    def _fetch(self, sites: Sequence[SiteName], version: int) -> None:
+    def _fetch(self, sites: Sequence[SiteName], version: int, *, ahead: bool = False) -> None:
         if self._stream is None:
             published = self._install(sites, version)
         else:
@@ -152,9 +137,9 @@ class Installer:
                 torch.cuda.set_stream(self._base)
             arrival = self._stream.record_event()
             self._arrivals.update(dict.fromkeys(sites, arrival))
-        for site, own in published.items():
-            self._num_bytes[site] = sum(tensor.nbytes for tensor in own.values())
-            self.installed_bytes += self._num_bytes[site]
+        num_bytes = {s: sum(t.nbytes for t in own.values()) for s, own in published.items()}
+        self._lookahead.fetched(num_bytes, ahead=ahead)
+        self.installed_bytes += sum(num_bytes.values())
         self._installed.update(dict.fromkeys(sites, version))
 
     def _install(
