@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from cola.adaptation_data import AdaptationData
-from cola.adapters import LinearAdapter, LowRankAdapter
+from cola.adapters import LinearAdapter, LowRankAdapter, MLPAdapter
 from cola.gradient_learning import adapter_gradients, surrogate_loss
 from cola.sites import SiteKind
 from cola.user_rows import UserRows
 from cola.user_stack import UserStack
+
+LONG = 1 << 13
+"""Numbers of a user's hidden inputs, on average, from which a host makes products user by user."""
 
 
 @torch.no_grad()
@@ -33,8 +36,15 @@ def user_gradients(stack: UserStack, data: AdaptationData, rows: UserRows) -> di
     if adapter.spec.kind is SiteKind.conv2d:
         return _member_gradients(stack, data, rows)
     tiles = rows.tiles(stack.num_users, x.device)
-    if isinstance(adapter, LinearAdapter) and tiles.users is not None:
+    on_host = x.device.type == "cpu"
+    # Tiles that are not one of each user in order have copies of their users' parameters.
+    is_large = isinstance(adapter, LinearAdapter) or (on_host and isinstance(adapter, MLPAdapter))
+    if is_large and tiles.users is not None:
         return _member_gradients(stack, data, rows)
+    # Others are copies of rows, which on a host take longer than a product for each user.
+    is_long = on_host and x.numel() >= LONG * len(rows.users)
+    if is_long and tiles.index is not None and isinstance(adapter, LowRankAdapter):
+        return _lowrank_gradients(stack, adapter, data, rows)
     # A filler row repeats a row of the same user; without a gradient it teaches nothing.
     x, g = tiles.cut(x), tiles.cut(g, fill=0.0)  # (S, c, D), (S, c, H)
     master = next(stack.parameters()).dtype
@@ -45,14 +55,18 @@ def user_gradients(stack: UserStack, data: AdaptationData, rows: UserRows) -> di
         a, b = (tiles.pick(p).to(x.dtype) for p in (adapter.lora_a, adapter.lora_b))
         per_tile = {
             "lora_a": torch.bmm(torch.bmm(g, b).mT, x),  # (S, R, D)
-            "lora_b": torch.bmm(g.mT, torch.bmm(x, a.mT)),  # (S, H, R)
+            # The transpose of what is wanted reads g in the order in which it lies.
+            "lora_b": torch.bmm(torch.bmm(x, a.mT).mT, g).mT,  # (S, H, R)
         }
     else:
         per_tile = {"weight": torch.bmm(g.mT, x)}
         if adapter.bias is not None:
             per_tile["bias"] = g.sum(dim=1)
     # Products are formed in the data's dtype, sums over tiles in the parameters'.
-    return {name: tiles.add_up(part.to(master), stack.num_users) for name, part in per_tile.items()}
+    return {
+        name: tiles.add_up(part.to(master).contiguous(), stack.num_users)
+        for name, part in per_tile.items()
+    }
 
 
 @torch.no_grad()
@@ -84,6 +98,23 @@ def shared_gradients(stack: UserStack, data: AdaptationData, shares: Tensor) -> 
         each = [adapter_gradients(stack.single(user), data, 1.0) for user in range(stack.num_users)]
         gradients = {name: torch.stack([one[name] for one in each]) for name in each[0]}
     return {name: shares.view(-1, *[1] * (p.dim() - 1)) * p for name, p in gradients.items()}
+
+
+def _lowrank_gradients(
+    stack: UserStack, adapter: LowRankAdapter, data: AdaptationData, rows: UserRows
+) -> dict[str, Tensor]:
+    """`lowrank_gradients`, user by user, where the rows lie."""
+    x, g = data.hidden_input, data.hidden_gradient
+    a, b = adapter.lora_a.to(x.dtype), adapter.lora_b.to(x.dtype)  # (K, R, D), (K, H, R)
+    grad_a, grad_b = torch.zeros_like(adapter.lora_a), torch.zeros_like(adapter.lora_b)
+    for user, where in rows.slices():
+        own_x, own_g = x[where], g[where]
+        grad_a[user] = (own_g @ b[user]).T @ own_x
+        grad_b[user] = ((own_x @ a[user].T).T @ own_g).T
+    if not stack.has_unit_alphas:
+        alphas = stack.alphas(grad_a)[:, None, None]
+        grad_a, grad_b = grad_a * alphas, grad_b * alphas
+    return {"lora_a": grad_a, "lora_b": grad_b}
 
 
 def _member_gradients(stack: UserStack, data: AdaptationData, rows: UserRows) -> dict[str, Tensor]:

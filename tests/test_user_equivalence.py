@@ -77,6 +77,16 @@ def test_alone_equals_masked_autograd(net: str, mix: str, interval: int) -> None
     check(net, mix, UsersMode.alone, interval=interval, num_workers=2 if interval == 2 else 0)
 
 
+@pytest.mark.parametrize("mix", ["lowrank", "ranks", "lowrank-linear", "optimizers"])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_products_of_each_user_equal_masked_autograd(
+    monkeypatch: pytest.MonkeyPatch, mix: str, num_workers: int
+) -> None:
+    """What a host does with long rows, instead of copying them into tiles."""
+    monkeypatch.setattr("cola.user_gradients.LONG", 0)
+    check("net", mix, UsersMode.alone, interval=2, num_workers=num_workers)
+
+
 @pytest.mark.parametrize("gradient", list(UserGradient), ids=lambda one: one.name)
 @pytest.mark.parametrize("mix", LINEAR_MIXES)
 @by_net_and_interval
