@@ -80,10 +80,13 @@ class Merger:
             home = torch.device("cpu") if homes is None else homes[name]
             keep = weight.device if self._adds_on_base else home
             bias = getattr(module, "bias", None)
+            copied = weight.detach().to(keep, copy=True)
+            if homes is None and keep.type == "cpu" and weight.is_cuda:
+                copied = copied.pin_memory()  # every merge on the base device reads it from here
             self._sites[name] = _Site(
                 spec,
                 module,
-                weight.detach().to(keep, copy=True),
+                copied,
                 None if bias is None else bias.detach().to(keep, copy=True),
             )
 

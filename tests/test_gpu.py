@@ -22,6 +22,7 @@ from cola.experiment import build_problem, build_task
 from cola.gradient_wiring import build_gradient_learner
 from cola.interfaces import Adaptation
 from cola.learners import build_learner
+from cola.merging import Merger
 from cola.models import build_base_model
 from cola.offload import departures, outbox
 from cola.offload.placing import OffloadPlan
@@ -263,6 +264,14 @@ def test_broken_rows_stop_their_user_alone_on_gpu(mode: MergeMode, num_workers: 
         for adapter in learner.export(name).values():
             assert tiny.flat(adapter).isfinite().all()
     learner.close()
+
+
+@pytest.mark.parametrize("fits_on_host", [False, True])
+def test_weights_that_a_gpu_merges_from_are_pinned(fits_on_host: bool) -> None:
+    base = tiny.net().cuda()
+    homes = dict.fromkeys(tiny.specs(base), torch.device("cpu")) if fits_on_host else None
+    merger = Merger(base, tiny.specs(base), scale=1.0, homes=homes)
+    assert {s.weight.is_pinned() for s in merger._sites.values()} == {not fits_on_host}
 
 
 def test_weights_merged_by_one_product_are_rounded_once() -> None:
