@@ -53,7 +53,7 @@ class Tiles:
         """(N, D) to (S, c, D); filler rows become `fill` where one is given."""
         if self.index is None:
             return rows.view(-1, self.size, *rows.shape[1:])
-        tiles = rows[self.index]
+        tiles = rows.index_select(0, self.index.flatten()).view(*self.index.shape, *rows.shape[1:])
         if fill is not None and self.is_filler is not None:
             tiles = tiles.masked_fill(self.is_filler[..., None], fill)
         return tiles
@@ -61,7 +61,7 @@ class Tiles:
     def join(self, tiles: Tensor) -> Tensor:
         """(S, c, H) back to (N, H), without fillers."""
         flat = tiles.flatten(0, 1)
-        return flat if self.inverse is None else flat[self.inverse]
+        return flat if self.inverse is None else flat.index_select(0, self.inverse)
 
     def pick(self, stacked: Tensor) -> Tensor:
         """(K, ...) parameters of all users to (S, ...) of the tiles' users."""
