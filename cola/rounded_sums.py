@@ -16,6 +16,9 @@ CPU_BLOCK_BYTES = 1 << 20
 """Of the sum, for each thread: what it reads and writes three times stays in its core's cache, as
 memory is what binds a host that merges; in smaller ones threads meet more often than it gains."""
 
+GOLDEN = -1640531527
+"""2**32 by the golden ratio, as int32: its multiples are far apart."""
+
 GPU_BLOCK_BYTES = 64 << 20
 """Of the sum, within the second-level cache of large GPUs: every block costs four launches."""
 
@@ -86,7 +89,7 @@ def add_rounded(
         total.view(target.shape).copy_(pristine)
         _add_to(total, left, right, scale)
         if is_stochastic:
-            total = round_stochastically(total)
+            total = round_stochastically(total, first=rows.start)
         target.copy_(total.view(target.shape))
 
 
@@ -107,25 +110,33 @@ def _blocks(num_rows: int, row_bytes: int, device: torch.device, update: Update)
     return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
 
 
-def round_stochastically(exact: Tensor) -> Tensor:
+def round_stochastically(exact: Tensor, *, first: int = 0) -> Tensor:
     """Rounds to bfloat16's values, up or down with probabilities that make the mean exact.
 
     bfloat16 is the upper half of float32: adding 16 random bits below it and cutting them off
     carries with just the right probability. The bits are a hash of an entry's place and of the sum
-    of all entries, so that a resumed run rounds alike without a generator to save, and a GPU does
-    not wait for a seed.
+    of its row, so that a resumed run rounds alike without a generator to save, in blocks of any
+    size, and a GPU does not wait for a seed.
 
     Args:
-        exact: any shape.
+        exact: (P, ...), rows of a weight.
+        first: which of its rows the first one is.
 
     Returns:
         float32 tensor whose values bfloat16 can hold.
     """
-    bits = exact.float().contiguous().view(torch.int32)
-    seed = bits.sum(dtype=torch.int64).to(torch.int32)  # of integers: exact in any order
-    noise = torch.arange(bits.numel(), dtype=torch.int32, device=bits.device)
-    noise.mul_(-1640531527).add_(seed)  # the golden ratio's 32 bits, then MurmurHash3's finalizer
-    for shift, factor in ((16, -2048144789), (13, -1028477387)):
-        noise.bitwise_xor_(noise >> shift).mul_(factor)
+    bits = exact.float().contiguous().view(torch.int32).view(len(exact), -1)
+    rows = torch.arange(first, first + len(bits), dtype=torch.int32, device=bits.device)
+    sums = bits.sum(dim=1, dtype=torch.int64).to(torch.int32)  # of integers: exact in any order
+    seeds = _mix(_mix(rows.mul_(GOLDEN)).add_(sums))  # (P,)
+    places = torch.arange(bits.shape[1], dtype=torch.int32, device=bits.device)
+    noise = _mix(places.mul_(GOLDEN) + seeds[:, None])  # (P, ...)
     noise.bitwise_right_shift_(16).bitwise_and_(0xFFFF)
-    return noise.view(bits.shape).add_(bits).bitwise_and_(-65536).view(torch.float32)
+    return noise.add_(bits).bitwise_and_(-65536).view(torch.float32).view(exact.shape)
+
+
+def _mix(values: Tensor) -> Tensor:
+    """MurmurHash3's finalizer but for its last shift, in place: int32 that look random."""
+    for shift, factor in ((16, -2048144789), (13, -1028477387)):
+        values.bitwise_xor_(values >> shift).mul_(factor)
+    return values

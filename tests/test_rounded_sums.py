@@ -128,6 +128,35 @@ def test_stochastic_rounding_goes_up_as_often_as_it_should(where: float) -> None
         assert abs(both - where**2) < 8 * spread
 
 
+def test_stochastic_rounding_is_the_same_in_blocks_of_any_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A host with more threads has larger ones (and may multiply factors in another order)."""
+    weight, updates = weight_and_updates(torch.bfloat16)
+    found = []
+    for rows in (RANK, 7, ROWS):
+        small_blocks(monkeypatch, rows, torch.float32)
+        out = torch.empty_like(weight)
+        rounding = Rounding.stochastic
+        add_rounded(weight, updates["whole"], out, scale=0.7, rounding=rounding)
+        found.append(out)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def test_stochastic_rounding_differs_between_rows_and_from_step_to_step() -> None:
+    exact = torch.full((3, 5000), 1.5 + 0.5 * 2**-7)
+    exact[2, 0] += 2**-7
+    rounded = round_stochastically(exact)
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        share = (rounded[one, 1:] == rounded[other, 1:]).float().mean().item()
+        assert abs(share - 0.5) < 0.03
+    later = exact.clone()
+    later[0, 0] += 2**-8
+    again = round_stochastically(later)
+    assert torch.equal(again[1:], rounded[1:])
+    assert abs((again[0, 1:] == rounded[0, 1:]).float().mean().item() - 0.5) < 0.03
+
+
 def test_stochastic_rounding_keeps_what_needs_none_and_signs() -> None:
     exact = torch.randn(30, 20, generator=torch.Generator().manual_seed(0)).bfloat16().float()
     assert torch.equal(round_stochastically(exact), exact)
