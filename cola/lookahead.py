@@ -8,8 +8,8 @@ FIRST_BYTES = 64 << 20
 """Fetched first: the sites that run next should not wait for many others to arrive."""
 
 MOST_BYTES = 512 << 20
-"""That are on their way, or have not been used, at a time: in large parts, since a host that
-fetches the weights of hundreds of sites one by one takes about as long as a GPU computes."""
+"""That are on their way, or have not been used, at a time: in large parts, since every part takes
+the host a dozen calls, whatever its size."""
 
 
 class Lookahead:

@@ -14,8 +14,8 @@ ALIGNMENT = 512
 """Bytes that every tensor's memory begins at a multiple of, as if it had been allocated alone."""
 
 COPIED_ALONE_BYTES = 1 << 20
-"""From this size on a tensor has a copy of its own, which a GPU makes at the speed of its memory:
-one kernel for many tensors, made for small ones, is far from that."""
+"""From this size on a tensor has a copy of its own, as a GPU copies any memory; one kernel for many
+tensors is made for small ones, whose launches would take longer than they do."""
 
 
 def pack(tensors: Sequence[Tensor]) -> list[Tensor]:

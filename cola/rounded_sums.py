@@ -13,14 +13,14 @@ from torch import Tensor
 from cola.config.choices import Rounding
 
 CPU_BLOCK_BYTES = 1 << 20
-"""Of the sum, for each thread: what it reads and writes three times stays in its core's cache, as
-memory is what binds a host that merges; in smaller ones threads meet more often than it gains."""
-
-GOLDEN = -1640531527
-"""2**32 by the golden ratio, as int32: its multiples are far apart."""
+"""Of the sum, for each thread: what is read and written three times should stay in its core's
+cache; in smaller blocks threads meet more often than that gains."""
 
 GPU_BLOCK_BYTES = 64 << 20
 """Of the sum, within the second-level cache of large GPUs: every block costs four launches."""
+
+GOLDEN = -1640531527
+"""2**32 by the golden ratio, as int32: its multiples are far apart."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from cola.gradient_learning import inner_products
 from cola.offload import batch_gradients, placing
 from cola.offload.fit import Fit
 from cola.offload.fitter import AdapterFitter
+from cola.offload.outbox import PREPARED_BYTES, Outbox
+from cola.offload.transfer import Transfer
 from cola.sites import SiteSpec
 from tests import tiny
 from tests.layered import LayeredNet
@@ -119,12 +121,34 @@ def test_what_was_prepared_of_something_else_is_not_used(
 
 
 @pytest.mark.parametrize("kind", [AdapterKind.linear, AdapterKind.mlp])
-def test_other_adapters_have_nothing_to_prepare(
-    monkeypatch: pytest.MonkeyPatch, kind: AdapterKind
-) -> None:
+def test_other_adapters_make_no_tasks(monkeypatch: pytest.MonkeyPatch, kind: AdapterKind) -> None:
+    """A worker should not wake up to do nothing."""
     counted = Counted(monkeypatch)
-    fitters(kind)[0].prepare([(site, rows()) for site in SITES])
+    learner = learners(monkeypatch, 0, kind)
+    monkeypatch.setattr(AdapterFitter, "prepare", lambda self, inputs: counted.early.append(0))
+    tiny.train(learner, tiny.batches(tiny.net(LayeredNet), 2))
+    learner.export()
+    learner.close()
     assert not counted.early
+
+
+def test_low_rank_sites_of_a_block_are_prepared_without_the_others() -> None:
+    transfer = LaggingTransfer(torch.device("cpu"), torch.device("cpu"))
+    outbox = Outbox([["query", "value", "out"], ["up"]], transfer, ["query", "value"])
+    parcel = lambda: torch.zeros(1)  # noqa: E731
+    size = PREPARED_BYTES
+    assert outbox.add_input("query", parcel, size) == []
+    assert outbox.add_input("out", parcel, size) == []
+    assert outbox.add_input("value", parcel, size) == [("query", parcel), ("value", parcel)]
+    assert outbox.add_input("up", parcel, size) == []
+    assert outbox.add_input("query", parcel, size) == [], "a block's next inputs"
+    assert outbox.add_input("value", parcel, size - 1) == [], "not worth a task"
+
+
+def test_where_data_is_at_hand_nothing_is_prepared() -> None:
+    here = torch.device("cpu")
+    outbox = Outbox([["query"]], Transfer(here, here), ["query"])
+    assert outbox.add_input("query", lambda: torch.zeros(1), PREPARED_BYTES) == []
 
 
 def test_data_that_is_multiplied_in_another_type_is_not_prepared(
@@ -137,11 +161,13 @@ def test_data_that_is_multiplied_in_another_type_is_not_prepared(
     assert not counted.early
 
 
-def learners(monkeypatch: pytest.MonkeyPatch, threshold: int) -> GradientLearner:
+def learners(
+    monkeypatch: pytest.MonkeyPatch, threshold: int, kind: AdapterKind = LOWRANK
+) -> GradientLearner:
     monkeypatch.setattr(placing, "Transfer", LaggingTransfer)
     monkeypatch.setattr("cola.offload.outbox.PREPARED_BYTES", threshold)
     base = tiny.net(LayeredNet)
-    return tiny.gradient_learner(base, tiny.filled_adapters(base, LOWRANK), offload="cpu")
+    return tiny.gradient_learner(base, tiny.filled_adapters(base, kind), offload="cpu")
 
 
 @pytest.mark.parametrize(("threshold", "num"), [(0, 10), (1 << 20, 0)])
@@ -180,5 +206,6 @@ def test_sites_of_convolutions_have_nothing_to_prepare(monkeypatch: pytest.Monke
     fitter = AdapterFitter(
         {spec.name: tiny.filled_adapter(LOWRANK, spec)}, tiny.optimizer(), scale=tiny.SCALE
     )
+    assert not fitter.can_prepare(spec.name)
     fitter.prepare([(spec.name, tiny.site("conv2d").hidden_input)])
     assert not counted.early

@@ -73,6 +73,10 @@ class BatchGradients:
         # Of sites that have run and whose gradient has not come: the hidden input, and A x.
         self._inner: dict[SiteName, tuple[Tensor, Tensor]] = {}
 
+    def can_prepare(self, site: SiteName) -> bool:
+        """Whether a part of a site's products needs no hidden gradient."""
+        return self._lowrank(site) is not None
+
     def prepare(self, inputs: Sequence[tuple[SiteName, Tensor]]) -> None:
         """Forms what needs no hidden gradient, while those are still to come.
 

@@ -44,8 +44,11 @@ class Fitter(Protocol):
     def held_bytes(self) -> Mapping[str, int]:
         """By owner, as of the last step."""
 
+    def can_prepare(self, site: SiteName) -> bool:
+        """Whether a part of a site's fit needs no hidden gradient."""
+
     def prepare(self, inputs: Sequence[tuple[SiteName, Tensor]]) -> None:
-        """May do what needs no hidden gradient, for sites whose data will be accumulated next."""
+        """Does that part for such sites, whose data will be accumulated next."""
 
     def accumulate(self, batch: Sequence[tuple[SiteName, AdaptationData]]) -> None:
         """Adds the gradients of one batch, call by call of its sites."""

@@ -81,6 +81,10 @@ class AdapterFitter:
         self.held_bytes: dict[str, int] = {}
         self._note_held()
 
+    def can_prepare(self, site: SiteName) -> bool:
+        """Whether a part of a site's fit needs no hidden gradient."""
+        return self._batch.can_prepare(site)
+
     @torch.no_grad()
     def prepare(self, inputs: Sequence[tuple[SiteName, Tensor]]) -> None:
         """Does what needs no hidden gradient for sites that have run; parameters are those then."""

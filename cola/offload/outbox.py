@@ -1,7 +1,7 @@
 """What the sites of one fitter hand over in a step, by whose data travels together."""
 
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -50,6 +50,7 @@ class _Block:
 
     open: set[SiteName]
     num_sites: int
+    num_prepared: int
     calls: list[tuple[Call, Former | None]] = field(default_factory=list)
     inputs: Inputs = field(default_factory=list)
 
@@ -57,15 +58,27 @@ class _Block:
 class Outbox:
     """Sends what its sites hand over, block by block."""
 
-    def __init__(self, blocks: Sequence[Sequence[SiteName]], transfer: Transfer) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[Sequence[SiteName]],
+        transfer: Transfer,
+        prepared: Collection[SiteName] = (),
+    ) -> None:
         """Nothing is sent yet.
 
         Args:
             blocks: sites, by whose data travels together.
             transfer: to where they are fitted.
+            prepared: sites of which something can be done there before gradients come.
         """
         self._transfer = transfer
-        self._blocks = [_Block(set(sites), len(sites)) for sites in blocks]
+        # A GPU has no idle cores, and where nothing crosses, inputs come with their gradients.
+        on_host = transfer.crosses and not transfer.ends_on_gpu
+        self._prepared = frozenset(prepared if on_host else ())
+        self._blocks = [
+            _Block(set(sites), len(sites), len(self._prepared.intersection(sites)))
+            for sites in blocks
+        ]
         self._block_of = {
             site: block for sites, block in zip(blocks, self._blocks, strict=True) for site in sites
         }
@@ -86,14 +99,13 @@ class Outbox:
         """Notes a hidden input that has left in the forward pass, when a host's workers idle.
 
         Returns:
-            Those of its block, once all are there: sites that share one read it once. Nothing where
-            the worker is a GPU's, or has the data at hand, or is not given enough of it.
+            Those to prepare of its block, once all are there: sites that share one read it once.
         """
-        on_host = self._transfer.crosses and not self._transfer.ends_on_gpu
+        if site not in self._prepared or num_bytes < PREPARED_BYTES:
+            return []
         block = self._block_of[site]
-        if on_host and num_bytes >= PREPARED_BYTES:
-            block.inputs.append((site, hidden_input))
-        if len(block.inputs) < block.num_sites:
+        block.inputs.append((site, hidden_input))
+        if len(block.inputs) < block.num_prepared:
             return []
         inputs, block.inputs = block.inputs, []
         return inputs

@@ -84,7 +84,9 @@ class Slot:
         self._publish = publish
         self._overlaps, self._staleness = overlaps, staleness
         self._gathers = berth.gathers
-        self._outbox = Outbox(berth.blocks, berth.transfer)
+        fitter = berth.fitter
+        prepared = [site for site in fitter.adapters if fitter.can_prepare(site)]
+        self._outbox = Outbox(berth.blocks, berth.transfer, prepared)
         self._pending: list[tuple[set[SiteName], Future[Counted]]] = []  # since the last fit
         self._prepared: list[Future[None]] = []  # likewise
         self._published: dict[int, Future[_Edition]] = {}

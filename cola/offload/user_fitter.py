@@ -69,8 +69,12 @@ class UserFitter:
         self.held_bytes: dict[str, int] = {}
         self._note_held()
 
+    def can_prepare(self, site: SiteName) -> bool:
+        """No: whose rows are whose is told with the hidden gradients."""
+        return False
+
     def prepare(self, inputs: Sequence[tuple[SiteName, Tensor]]) -> None:
-        """Nothing: whose rows are whose is told with the hidden gradients."""
+        """Nothing."""
 
     def accumulate(self, batch: Sequence[tuple[SiteName, AdaptationData]]) -> None:
         """Adds the gradients of one batch; the parameters are constant inside an interval."""
