@@ -51,6 +51,28 @@ def test_what_is_larger_than_the_bound_is_held_alone() -> None:
     assert stream.waited == [0, 1]
 
 
+def test_parts_of_one_memory_are_waited_for_together() -> None:
+    held, stream = Departures(), Stream()
+    leave(held, stream, "older", 30)
+    memory = torch.zeros(120, dtype=torch.uint8)
+    whole = weakref.ref(memory)
+    held.add([memory[:60]], "first half", stream)  # type: ignore[arg-type]
+    held.add([memory[60:]], "second half", stream)  # type: ignore[arg-type]
+    del memory
+    assert (stream.waited, held.num_bytes) == (["older"], 120)
+    leave(held, stream, "newer", 10)
+    assert (stream.waited, held.num_bytes) == (["older", "second half"], 10)
+    assert whole() is None
+
+
+def test_memory_in_part_elsewhere_is_another() -> None:
+    held, stream = Departures(), Stream()
+    memory = torch.zeros(120, dtype=torch.uint8)
+    held.add([memory[:60]], "first", stream)  # type: ignore[arg-type]
+    held.add([memory[60:], torch.zeros(50)], "second", stream)  # type: ignore[arg-type]
+    assert stream.waited == ["first"]
+
+
 def test_a_step_ends_with_nothing_held() -> None:
     held, stream = Departures(), Stream()
     for event in range(3):

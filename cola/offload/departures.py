@@ -12,7 +12,17 @@ larger. Copies beyond it are waited for, and have been done for long if the wire
 
 
 class _Departure(NamedTuple):
+    """Copies that read the same memory.
+
+    Attributes:
+        sources: what they read.
+        memory: addresses of what it lies in.
+        num_bytes: of the sources.
+        arrived: passed when the last of them is done.
+    """
+
     sources: list[Tensor]
+    memory: set[int]
     num_bytes: int
     arrived: torch.cuda.Event
 
@@ -36,14 +46,22 @@ class Departures:
     ) -> None:
         """A copy of these tensors has been issued.
 
+        What lies in one memory (all that a replayed block hands over) counts as one: to wait for
+        the first half of it before the second has been copied would free nothing.
+
         Args:
             sources: that it reads.
             arrived: passed when it is done.
             base: the stream that tensors come from, and that waits for the oldest copies.
         """
+        memory = {source.untyped_storage().data_ptr() for source in sources}
+        if self._held and memory <= self._held[-1].memory:
+            before = self._held.pop()
+            self.num_bytes -= before.num_bytes
+            sources, memory = [*before.sources, *sources], before.memory
         num_bytes = sum(source.nbytes for source in sources)
         self.let_go(base, max(0, LEAVING_BYTES - num_bytes))
-        self._held.append(_Departure(sources, num_bytes, arrived))
+        self._held.append(_Departure(sources, memory, num_bytes, arrived))
         self.num_bytes += num_bytes
 
     def let_go(self, base: torch.cuda.Stream, limit: int = 0) -> None:
