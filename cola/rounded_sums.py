@@ -12,9 +12,9 @@ from torch import Tensor
 
 from cola.config.choices import Rounding
 
-CPU_BLOCK_BYTES = 1 << 20
-"""Of the sum, for each thread: what is read and written three times should stay in its core's
-cache; in smaller blocks threads meet more often than that gains."""
+CPU_BLOCK_BYTES = 8 << 20
+"""Of the sum. Larger ones leave the cache; in smaller ones workers wait for the interpreter, which
+every call of a kernel takes anew, longer than kernels run (`docs/offload.md`)."""
 
 GPU_BLOCK_BYTES = 64 << 20
 """Of the sum, within the second-level cache of large GPUs: every block costs four launches."""
@@ -102,8 +102,7 @@ def _add_to(total: Tensor, left: Tensor, right: Tensor | None, scale: float) -> 
 
 def _blocks(num_rows: int, row_bytes: int, device: torch.device, update: Update) -> list[slice]:
     """Rows of each block, the first block being the largest."""
-    on_host = device.type == "cpu"
-    block_bytes = CPU_BLOCK_BYTES * torch.get_num_threads() if on_host else GPU_BLOCK_BYTES
+    block_bytes = CPU_BLOCK_BYTES if device.type == "cpu" else GPU_BLOCK_BYTES
     # Every block reads the right factor once: it should be no larger than the block itself.
     rank = 0 if update.right is None else len(update.right)
     size = min(num_rows, max(1, rank, block_bytes // row_bytes))

@@ -24,9 +24,7 @@ def weight_and_updates(dtype: torch.dtype) -> tuple[Tensor, dict[str, Update]]:
 
 
 def small_blocks(monkeypatch: pytest.MonkeyPatch, rows: int, dtype: torch.dtype) -> None:
-    of_all_threads = rows * WIDTH * dtype.itemsize
-    of_each = -(-of_all_threads // torch.get_num_threads())
-    monkeypatch.setattr("cola.rounded_sums.CPU_BLOCK_BYTES", of_each)
+    monkeypatch.setattr("cola.rounded_sums.CPU_BLOCK_BYTES", rows * WIDTH * dtype.itemsize)
 
 
 @pytest.mark.parametrize("form", ["whole", "factors"])
@@ -101,17 +99,6 @@ def test_a_block_is_no_smaller_than_the_factor_it_reads(monkeypatch: pytest.Monk
     with LargestResult() as largest:
         add_rounded(weight, updates["factors"], out, scale=0.7)
     assert largest.num == RANK * WIDTH
-
-
-def test_every_thread_of_the_host_has_a_block_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, updates = weight_and_updates(torch.bfloat16)
-    monkeypatch.setattr("cola.rounded_sums.CPU_BLOCK_BYTES", 4 * WIDTH * 4)
-    out = torch.empty_like(weight)
-    for threads in (1, 3):
-        monkeypatch.setattr("torch.get_num_threads", lambda threads=threads: threads)
-        with LargestResult() as largest:
-            add_rounded(weight, updates["whole"], out, scale=0.7)
-        assert largest.num == threads * 4 * WIDTH
 
 
 @pytest.mark.parametrize("where", [0.25, 0.5, 0.9])
