@@ -15,8 +15,10 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree as pytree
 
+from cola.block_nodes import Entrance, Replayed
 from cola.block_signature import Signature
 from cola.packing import pack
 from cola.site_calls import SiteCall, SiteRun, Taped
@@ -82,12 +84,15 @@ class _Site:
 
 @dataclass(frozen=True, kw_only=True)
 class _Graph:
-    """Autograd's graph, between the two captures."""
+    """Autograd's graph, between the two captures.
 
-    inputs: list[Tensor]
-    outputs: list[Tensor]
+    Its ends are edges: the memory of inputs and outputs is not held by them.
+    """
+
+    inputs: list[GradientEdge]
+    outputs: list[GradientEdge]
     calls: list[Taped]
-    anchor: Tensor
+    anchor: GradientEdge
 
 
 class BlockCapture:
@@ -121,12 +126,24 @@ class BlockCapture:
         self._needed = [tensor.needs_gradient for tensor in signature.tensors]
         self._calls: list[SiteCall] = []
         written, self._replay_forward = capturer.capture(self._run_forward)
-        num_outputs = len(self._graph.outputs)
-        self._differentiable = [output.requires_grad for output in self._graph.outputs]
+        num_outputs = len(self._differentiable)
         self.outputs, self._hidden_inputs = written[:num_outputs], written[num_outputs:]
         self._leaves_early = all(taps.takes_early(one.site) for one in self._sites)
         if self._leaves_early:
             self._hidden_inputs = self._released(self._hidden_inputs)
+
+    def let_go(self, spent: Sequence[bool]) -> None:
+        """Outputs that nobody reads once the block after has run, whose forward pass is captured.
+
+        Args:
+            spent: whether that is so, of each output.
+        """
+        pairs = zip(self.outputs, spent, strict=True)
+        self.outputs = [self._capturer.alias(x) if is_spent else x for x, is_spent in pairs]
+
+    def let_go_of_inputs(self, spent: Sequence[bool]) -> None:
+        """The same of the block after, for each tensor that it reads."""
+        self._open(compress(self._buffers, spent))
 
     def capture_backward(self, following: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Captures the backward pass; that of the block after has been captured.
@@ -156,13 +173,11 @@ class BlockCapture:
     def finish(self) -> None:
         """The backward pass of the block before has been captured, too."""
         self._input_gradients = self._released(self._input_gradients)
-        for buffer in [*self._buffers, *self._gradients]:
-            if buffer.is_borrowed:
-                buffer.memory = self._capturer.alias(buffer.memory)
+        self._open([*self._buffers, *self._gradients])
 
     def __call__(self, tensors: Sequence[Tensor]) -> Any:
         """What the block answers, in the graph of autograd that goes on around it."""
-        outputs = _Replayed.apply(self, self._taps.anchor, *tensors)  # type: ignore[no-untyped-call]
+        outputs = Replayed.apply(self, self._taps.anchor, *tensors)  # type: ignore[no-untyped-call]
         stream = iter(outputs)
         leaves = [next(stream) if leaf is None else leaf[0] for leaf in self._answer]
         return pytree.tree_unflatten(leaves, self._answer_spec)
@@ -206,13 +221,13 @@ class BlockCapture:
 
     def _run_forward(self) -> list[Tensor]:
         """The work of the forward pass: outputs and distinct hidden inputs."""
-        inputs = [
-            buffer.memory.detach().requires_grad_(needed)
-            for buffer, needed in zip(self._buffers, self._needed, strict=True)
-        ]
-        args, kwargs = self.signature.bind(inputs)
         device = self._taps.anchor.device
         with self._taps.taping() as tape, self.signature.computing(device):
+            inputs: list[Tensor] = [
+                Entrance.apply(buffer.memory, tape.anchor) if needed else buffer.memory.detach()  # type: ignore[no-untyped-call]
+                for buffer, needed in zip(self._buffers, self._needed, strict=True)
+            ]
+            args, kwargs = self.signature.bind(inputs)
             answer = self._run(*args, **kwargs)
         leaves, self._answer_spec = pytree.tree_flatten(answer)
         outputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -223,48 +238,42 @@ class BlockCapture:
             _Site(site=call.site, dtype=call.dtype, index=places[id(x)])
             for call, x in zip(tape.calls, tape.hidden_inputs, strict=True)
         ]
-        self._graph = _Graph(inputs=inputs, outputs=outputs, calls=tape.calls, anchor=tape.anchor)
+        self._differentiable = [output.requires_grad for output in outputs]
+        self._graph = _Graph(
+            inputs=[get_gradient_edge(x) for x in compress(inputs, self._needed)],
+            outputs=[get_gradient_edge(x) for x in compress(outputs, self._differentiable)],
+            calls=tape.calls,
+            anchor=get_gradient_edge(tape.anchor),
+        )
         return [tensor.detach() for tensor in [*outputs, *distinct]]
 
     def _run_backward(self) -> list[Tensor]:
         """The work of the backward pass: hidden gradients and gradients of the inputs."""
         graph = self._graph
-        wanted = [*compress(graph.inputs, self._needed), graph.anchor]
         found = torch.autograd.grad(
-            list(compress(graph.outputs, self._differentiable)),
-            wanted,
+            graph.outputs,
+            [*graph.inputs, graph.anchor],
             [buffer.memory for buffer in self._gradients],
             allow_unused=True,
-            materialize_grads=True,
         )
+        buffers = compress(self._buffers, self._needed)
+        input_gradients = [
+            torch.zeros_like(buffer.memory) if gradient is None else gradient
+            for gradient, buffer in zip(found[:-1], buffers, strict=True)
+        ]
         reported = [(i, call.hidden_gradient) for i, call in enumerate(graph.calls)]
         # Last to first, as they come; a site whose output is not used gets none.
         arrived = {i: gradient for i, gradient in reversed(reported) if gradient is not None}
         self._reported = list(arrived)
-        return [*arrived.values(), *found[:-1]]
+        return [*arrived.values(), *input_gradients]
+
+    def _open(self, buffers: Iterable[Buffer]) -> None:
+        for buffer in buffers:
+            if buffer.is_borrowed:
+                buffer.memory = self._capturer.alias(buffer.memory)
 
     def _released(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         return [self._capturer.alias(tensor) for tensor in tensors]
-
-
-class _Replayed(torch.autograd.Function):
-    """A block, replayed, as one node of the graph."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, block: BlockCapture, anchor: Tensor, *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.block = block
-        outputs, differentiable = block.forward(tensors)
-        ctx.mark_non_differentiable(
-            *(output for output, is_one in zip(outputs, differentiable, strict=True) if not is_one)
-        )
-        ctx.set_materialize_grads(False)
-        return tuple(outputs)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        return None, None, *ctx.block.backward(gradients)
 
 
 def _spread(tensors: Iterable[T], where: Iterable[bool]) -> list[T | None]:

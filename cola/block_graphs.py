@@ -13,17 +13,16 @@ the run, and what Python decides otherwise from call to call goes unnoticed.
 
 import functools
 import logging
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from cola.block_capture import BlockCapture, Buffer, Capturer
+from cola.block_notes import NotedCall, Notes
 from cola.block_signature import Signature, sign
 from cola.errors import TrainingError
 from cola.sites import SiteName
@@ -35,18 +34,6 @@ MAX_SHAPES = 8
 """Shapes of batches that are captured: each takes about a second, and memory around the blocks."""
 
 BatchShape = frozenset[tuple[str, torch.Size, torch.dtype]]
-
-
-class _Origin(NamedTuple):
-    """Where a tensor that a block is called with comes from.
-
-    Attributes:
-        is_previous: an output of the block before; else it comes from around the blocks.
-        position: of the output, or among the tensors from around.
-    """
-
-    is_previous: bool
-    position: int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -64,15 +51,6 @@ class _Block:
     was_replaced: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Noted:
-    """A call that is to be captured."""
-
-    block: _Block
-    signature: Signature
-    origins: list[_Origin]
-
-
 @dataclass(frozen=True)
 class _Shape:
     """What graphs are chosen by: the batch, and how the first block was called with it."""
@@ -84,7 +62,7 @@ class _Shape:
         return hash(self.batch)  # what a block is called with may have no hash
 
 
-Captured = Mapping[_Block, BlockCapture]
+Captured = Mapping[nn.Module, BlockCapture]
 """All graphs for one shape. They share memory in their order: never mixed with those of another."""
 
 
@@ -116,10 +94,10 @@ class BlockGraphs:
         """One training step on such a batch; what has come for the second time is captured."""
         self._begin(frozenset((name, x.shape, x.dtype) for name, x in inputs.items()))
         yield
-        shape, noted = self._shape, self._noted
+        shape, notes = self._shape, self._notes
         self._begin(frozenset())
-        if shape is not None and noted:
-            self._capture(shape, noted)
+        if shape is not None and notes is not None and notes.calls:
+            self._capture(shape, notes.calls)
 
     def remove(self) -> None:
         """Gives the blocks their own forward methods back."""
@@ -133,54 +111,42 @@ class BlockGraphs:
     def _begin(self, batch: BatchShape) -> None:
         self._batch = batch
         self._shape: _Shape | None = None  # known when the first block runs
-        self._has_run: set[_Block] = set()
-        self._noted: list[_Noted] = []
-        self._around: list[weakref.ref[Tensor]] = []
-        self._previous: list[weakref.ref[Tensor]] = []
-        self._notes = False
+        self._has_run: set[nn.Module] = set()
+        self._notes: Notes | None = None
         for captured in self._captured.values():
             for capture in captured.values():
                 capture.forget()
 
     def _run(self, block: _Block, *args: Any, **kwargs: Any) -> Any:
         """What a block does when it is called."""
-        if not self._taps.is_recording or block in self._has_run:
+        module = block.module
+        if not self._taps.is_recording or module in self._has_run:
             return block.forward(*args, **kwargs)
-        self._has_run.add(block)
+        self._has_run.add(module)
         signature, tensors = sign(args, kwargs, self._device)
         if self._shape is None:
             self._choose(signature)
         assert self._shape is not None
-        capture = self._captured.get(self._shape, {}).get(block)
+        capture = self._captured.get(self._shape, {}).get(module)
         if capture is not None and capture.signature == signature:
             return capture(tensors)
-        if not self._notes:
+        if self._notes is None:
             return block.forward(*args, **kwargs)
-        origins = [self._origin(tensor) for tensor in tensors]
-        self._noted.append(_Noted(block=block, signature=signature, origins=origins))
+        noted = self._notes.begin(module, block.forward, signature, tensors)
         answer = block.forward(*args, **kwargs)
-        self._previous = [
-            weakref.ref(x) for x in pytree.tree_leaves(answer) if isinstance(x, Tensor)
-        ]
+        noted.end(answer)
         return answer
 
     def _choose(self, first: Signature) -> None:
         """Decides what becomes of this step: it is replayed, noted to be captured, or neither."""
         shape = self._shape = _Shape(self._batch, first)
-        is_known = shape in self._seen
-        self._notes = is_known and shape not in self._captured and len(self._captured) < MAX_SHAPES
-        if len(self._captured) < MAX_SHAPES:
+        has_room = len(self._captured) < MAX_SHAPES
+        if has_room and shape in self._seen and shape not in self._captured:
+            self._notes = Notes()
+        if has_room:
             self._seen.add(shape)
 
-    def _origin(self, tensor: Tensor) -> _Origin:
-        for is_previous, known in ((True, self._previous), (False, self._around)):
-            for index, reference in enumerate(known):
-                if reference() is tensor:
-                    return _Origin(is_previous, index)
-        self._around.append(weakref.ref(tensor))
-        return _Origin(is_previous=False, position=len(self._around) - 1)
-
-    def _capture(self, shape: _Shape, noted: Sequence[_Noted]) -> None:
+    def _capture(self, shape: _Shape, noted: Sequence[NotedCall]) -> None:
         try:
             with self._capturer.session():
                 captures = self._capture_forward(noted)
@@ -201,7 +167,7 @@ class BlockGraphs:
             "; other shapes run without" if len(self._captured) == MAX_SHAPES else "",
         )
 
-    def _capture_forward(self, noted: Sequence[_Noted]) -> list[BlockCapture]:
+    def _capture_forward(self, noted: Sequence[NotedCall]) -> list[BlockCapture]:
         """First to last: a block reads its inputs where the one before writes them."""
         around: dict[int, Buffer] = {}
         captures: list[BlockCapture] = []
@@ -218,16 +184,23 @@ class BlockGraphs:
                 buffers.append(around[origin.position])
             captures.append(
                 BlockCapture(
-                    one.block.forward,
+                    one.forward,
                     one.signature,
                     buffers,
                     taps=self._taps,
                     capturer=self._capturer,
                 )
             )
+            if len(captures) > 1 and (spent := noted[len(captures) - 2].spent):
+                captures[-2].let_go(spent)
+                captures[-1].let_go_of_inputs(
+                    [origin.is_previous and spent[origin.position] for origin in one.origins]
+                )
         return captures
 
-    def _capture_backward(self, noted: Sequence[_Noted], captures: Sequence[BlockCapture]) -> None:
+    def _capture_backward(
+        self, noted: Sequence[NotedCall], captures: Sequence[BlockCapture]
+    ) -> None:
         """Last to first: a block reads gradients where the one after writes them."""
         following: Mapping[int, Tensor] = {}
         after: BlockCapture | None = None

@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -63,7 +64,9 @@ class CudaCapturer:
                 with suppress(RuntimeError):  # says only that something went wrong before
                     graph.capture_end()
                 raise
-            graph.capture_end()
+            with warnings.catch_warnings():  # a block may hand on a gradient as it got it
+                warnings.filterwarnings("ignore", "The CUDA Graph is empty")
+                graph.capture_end()
         return written, graph.replay
 
     def alias(self, tensor: Tensor) -> Tensor:

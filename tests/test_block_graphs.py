@@ -28,7 +28,7 @@ from cola.interfaces import Adaptation
 from cola.task_data import Batch
 from tests import tiny
 from tests.configs import composed
-from tests.layered import Layer, LayeredNet
+from tests.layered import Chain, Collecting, Layer, LayeredNet
 from tests.rerun import Rerun
 from tests.tolerances import EXACT
 from tests.wires import LaggingTransfer
@@ -81,6 +81,30 @@ def test_weights_equal_autograd(
     assert distance <= EXACT
     assert capturer.num_captures == 3 * 4 * 2
     assert capturer.num_replays == (11 - 2 * 3) * 4 * 2
+
+
+@pytest.mark.parametrize(("net_type", "num_free"), [(Chain, 6), (Collecting, 0)])
+def test_what_the_next_block_alone_reads_is_free_when_it_has_run(
+    net_type: type[nn.Module], num_free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the last two blocks it is not known: what comes after them is no block."""
+    monkeypatch.setattr(cola.offload.placing, "Transfer", LaggingTransfer)  # hidden inputs leave
+    freed: list[int] = []
+
+    class Noting(Rerun):
+        def alias(self, tensor: Tensor) -> Tensor:
+            freed.append(self.num_captures)
+            return super().alias(tensor)
+
+    stream = [tiny.batches(net_type(), 1)[0]] * 5
+    start = tiny.filled_adapters(tiny.net(net_type), AdapterKind.lowrank)
+    oracle = tiny.oracle_learner(tiny.net(net_type), start)
+    learner = learner_of(tiny.net(net_type), start, Noting(), offload=tiny.offload_plan(2))
+    assert tiny.train(learner, stream) == pytest.approx(tiny.train(oracle, stream), rel=1e-10)
+    assert tiny.distance(learner.export(), oracle.export(), start) <= EXACT
+    # By the block that answered, and by the one that read it; a hidden input leaves every block.
+    assert sum(number <= 8 for number in freed) == 2 * num_free + 8
+    learner.close()
 
 
 def test_model_without_lists_is_one_block() -> None:

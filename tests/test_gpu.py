@@ -27,6 +27,7 @@ from cola.models import build_base_model
 from cola.offload import departures, outbox
 from cola.offload.placing import OffloadPlan
 from cola.stacked_sums import WeightStack
+from cola.task_data import Batch
 from tests import layered, tiny, users
 from tests.tolerances import EXACT
 
@@ -182,6 +183,24 @@ def test_replayed_blocks_equal_autograd(
     assert tiny.distance(found, oracle.export(), start) <= EXACT
     assert learner._graphs is not None
     assert len(learner._graphs._captured) == 3  # sizes of a batch
+    learner.close()
+
+
+def test_graphs_hold_no_more_than_autograd_would() -> None:
+    """Layers whose answers nobody needs for long: their memory is used over and over."""
+    base = tiny.net(layered.Chain).cuda()
+    start = tiny.filled_adapters(base, AdapterKind.lowrank)
+    features = torch.randn(4000, 10, 6, dtype=torch.float64, device="cuda")
+    labels = torch.zeros(4000, dtype=torch.long, device="cuda")
+    batch = Batch(inputs={"features": features}, labels=labels, num_terms=4000)
+    learner = build_gradient_learner(
+        base, tiny.specs(base), start,
+        tiny.settings(offload=PLANS["cpu-factors"], capturers=CudaCapturer),
+    )  # fmt: skip
+    tiny.train(learner, [batch] * 4)
+    assert learner._graphs is not None
+    # Every layer saves a tensor; every answer held as well would be seven or eight more.
+    assert 8 * features.nbytes < learner._graphs.held_bytes < 14 * features.nbytes
     learner.close()
 
 
