@@ -77,7 +77,7 @@ def linear_gradients(
 def inner_products(adapters: Sequence[LowRankAdapter], x: Tensor) -> list[Tensor]:
     """A x of each adapter, (R, N), for x (N, D): what its gradient needs of x and w alone."""
     down = _joined([adapter.lora_a for adapter in adapters], dim=0).to(x.dtype)  # (sum of R, D)
-    return list(torch.split_with_sizes((x @ down.T).T, _ranks(adapters)))
+    return list(torch.split_with_sizes(_few_by_long(down, x), _ranks(adapters)))
 
 
 def lowrank_gradients(
@@ -103,8 +103,11 @@ def lowrank_gradients(
         Of each adapter: `lora_a` (R, D) and `lora_b` (H, R), in the dtype of x.
     """
     g = [_scaled(gradient, scale) for gradient in gradients]
-    back = [own @ adapter.lora_b.to(x.dtype) for own, adapter in zip(g, adapters, strict=True)]
-    a = torch.split_with_sizes(_joined(back, dim=1).T @ x, _ranks(adapters))
+    back = [
+        _few_by_long(adapter.lora_b.to(x.dtype).T, own)
+        for own, adapter in zip(g, adapters, strict=True)
+    ]
+    a = torch.split_with_sizes(_joined(back, dim=0) @ x, _ranks(adapters))
     u = inner_products(adapters, x) if inner is None else inner
     # The transpose of what is wanted reads G in the order in which it lies.
     return [
@@ -159,6 +162,13 @@ def stacked_products(
     parts = zip(a.to(master).unbind(), b.to(master).contiguous().unbind(), strict=True)
     found = [{"lora_a": one, "lora_b": other} for one, other in parts]
     return [found[first : first + each] for first in range(0, len(found), each)]
+
+
+def _few_by_long(few: Tensor, long: Tensor) -> Tensor:
+    """Product of few rows (R, D) with long' for long (N, D), which is far larger: (R, N)."""
+    if long.dtype is torch.bfloat16:  # a host's kernels for it are faster this way, others slower
+        return few.contiguous() @ long.T
+    return (long @ few.T).T
 
 
 def _ranks(adapters: Sequence[LowRankAdapter]) -> list[int]:
