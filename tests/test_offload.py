@@ -47,10 +47,12 @@ Deliveries = Sequence[tuple[str, AdaptationData]]
 
 @pytest.fixture
 def build_fleet() -> Iterator[FleetBuilder]:
-    """Fleets of two linear sites, `first` and `second`, each with a worker of its own."""
+    """Fleets of two linear sites, `first` and `second`, each with a worker of its own, or one."""
     built: list[Fleet] = []
 
-    def build(offload: str, optimizer: OptimizerConfig = PLAIN_SGD) -> Fleet:
+    def build(
+        offload: str, optimizer: OptimizerConfig = PLAIN_SGD, *, num_workers: int = 2
+    ) -> Fleet:
         adapters = {}
         for seed, name in enumerate(("first", "second")):
             spec = dataclasses.replace(tiny.site("linear").spec, name=name)
@@ -58,8 +60,11 @@ def build_fleet() -> Iterator[FleetBuilder]:
         workers: list[Worker] = [InlineWorker(CPU)]
         groups = [adapters]
         if offload == "cpu":
-            workers = [ThreadWorker(f"test-{index}", CPU, num_threads=1) for index in range(2)]
-            groups = [{name: adapter} for name, adapter in adapters.items()]
+            workers = [
+                ThreadWorker(f"test-{index}", CPU, num_threads=1) for index in range(num_workers)
+            ]
+            if num_workers == 2:
+                groups = [{name: adapter} for name, adapter in adapters.items()]
         transfer = Transfer(CPU, CPU)
         fleet = Fleet(
             [
@@ -186,10 +191,15 @@ def test_zero_gradient_leaves_weights_unchanged_under_sgd(
     assert torch.equal(adapters(fleet)["first"], before["first"])
 
 
-def test_pending_batches_of_a_site_are_bounded(
-    build_fleet: FleetBuilder, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("num_workers", "sites"), [(2, ["first"]), (1, ["first", "second"])])
+def test_what_waits_for_a_worker_is_bounded(
+    build_fleet: FleetBuilder,
+    monkeypatch: pytest.MonkeyPatch,
+    num_workers: int,
+    sites: Sequence[str],
 ) -> None:
-    fleet = build_fleet("cpu")
+    """Batches of one site, or sites of one worker."""
+    fleet = build_fleet("cpu", num_workers=num_workers)
     done, under_way = [], []
     accumulate = AdapterFitter.accumulate
 
@@ -201,7 +211,7 @@ def test_pending_batches_of_a_site_are_bounded(
     monkeypatch.setattr(AdapterFitter, "accumulate", slowly)
     fleet.begin_step(None)
     for num_sent in range(1, 16):
-        put(fleet, "first", data())
+        put(fleet, sites[num_sent % len(sites)], data())
         under_way.append(num_sent - len(done))
     assert max(under_way) <= MAX_PENDING
     fleet.drain()
@@ -214,6 +224,7 @@ def test_pending_batches_of_a_site_are_bounded(
 def test_everything_under_way_ends_before_a_learner_is_looked_at(
     monkeypatch: pytest.MonkeyPatch, ask: str
 ) -> None:
+    monkeypatch.setattr("cola.offload.slot.MAX_PENDING", 10)  # the base model need not wait
     base = tiny.net()
     learner = tiny.gradient_learner(base, tiny.filled_adapters(base, LOWRANK), offload="cpu")
     done, may_go, accumulate = [], threading.Event(), AdapterFitter.accumulate

@@ -22,7 +22,8 @@ Round = dict[SiteName, Published]
 Publish = Callable[[Mapping[SiteName, SiteAdapter]], Round]
 
 MAX_PENDING = 2
-"""Batches of one block that may wait for its worker before the base model has to."""
+"""Blocks, of any batch, whose data may wait for their worker before the base model has to: a worker
+is never without work, and what is staged does not grow with the number of layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,7 @@ class Slot:
         fitter = berth.fitter
         prepared = [site for site in fitter.adapters if fitter.can_prepare(site)]
         self._outbox = Outbox(berth.blocks, berth.transfer, prepared)
-        self._pending: list[tuple[set[SiteName], Future[Counted]]] = []  # since the last fit
+        self._pending: list[Future[Counted]] = []  # since the last fit
         self._prepared: list[Future[None]] = []  # likewise
         self._published: dict[int, Future[_Edition]] = {}
         self.republish(0)
@@ -118,7 +119,7 @@ class Slot:
     def put(self, call: Call, former: Former | None) -> None:
         """Takes one call of a site; a former makes its gradient before it leaves.
 
-        Waits while `MAX_PENDING` earlier batches are still under way, so that memory stays bounded
+        Waits while data of `MAX_PENDING` blocks is still under way, so that memory stays bounded
         when fits are slower than the base model.
         """
         site = call.spec.name
@@ -126,9 +127,8 @@ class Slot:
             with named_failures([site]):
                 self.fitter.accumulate([call.receive()])
             return
-        under_way = [future for sites, future in self._pending if site in sites]
-        if len(under_way) >= MAX_PENDING:
-            under_way[-MAX_PENDING].result()
+        if len(self._pending) >= MAX_PENDING:
+            self._pending[-MAX_PENDING].result()
         if self._outbox.add(call, former) and not self._gathers:
             self._hand_over()
 
@@ -146,7 +146,7 @@ class Slot:
     def fit(self, fit: Fit, clip_factor: float | Tensor) -> None:
         """Starts a fit of all data that was handed over since the last one."""
         arrived: list[Future[None] | Future[Counted]] = [*self._prepared]
-        arrived += [future for _, future in self._pending]
+        arrived += self._pending
         previous = self._published[self.version]
         self._prepared, self._pending = [], []
 
@@ -193,7 +193,7 @@ class Slot:
     def await_data(self) -> None:
         """Returns when all data is counted in and no fit is under way; raises what went wrong."""
         self.flush()
-        for _, future in self._pending:
+        for future in self._pending:
             self.transfer.follow(future.result())
         self.published(self.version)
 
@@ -207,4 +207,4 @@ class Slot:
             sent.count_in(self.fitter)
             return self.transfer.issued()
 
-        self._pending.append((set(sent.sites), self._worker.submit(run)))
+        self._pending.append(self._worker.submit(run))
