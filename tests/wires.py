@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from cola.adaptation_data import Parcel
+from cola.offload.staging import Staging
 from cola.offload.transfer import Cargo, Shipment, Transfer
 
 MAX_LAG_SECONDS = 0.004
@@ -22,6 +23,7 @@ class LaggingTransfer(Transfer):
         self.num_copies = 0
         self._wire = ThreadPoolExecutor(1)
         self._lag = random.Random(0)
+        self._staging = Staging(lambda num_bytes: torch.empty(num_bytes, dtype=torch.uint8))
 
     def begin_step(self) -> None:
         """No streams here."""
@@ -32,7 +34,7 @@ class LaggingTransfer(Transfer):
         return [self._ship_late(one) for one in cargo]
 
     def _ship_late(self, cargo: Cargo) -> Parcel:
-        landed = torch.empty_like(cargo.load())
+        landed = self._staging.take(cargo.load())
 
         def copy_late() -> None:
             time.sleep(MAX_LAG_SECONDS * self._lag.random() ** 4)

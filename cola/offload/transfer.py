@@ -2,8 +2,7 @@
 
 Algorithm 1, lines 9 and 15. Off a GPU the copies run on a side stream, into pinned memory of the
 host or onto another GPU, and the worker waits for them, not the base device: a blocking copy in a
-hook would stall forward and backward at every site. The memory is PyTorch's own: its allocators of
-pinned and of GPU memory keep what was used once for the next step.
+hook would stall forward and backward at every site.
 """
 
 import threading
@@ -18,6 +17,7 @@ from torch import Tensor
 from cola.adaptation_data import Parcel
 from cola.kept_rows import KeptRows
 from cola.offload.departures import Departures
+from cola.offload.staging import Staging
 from cola.packing import packed_memory, unpack
 from cola.site_calls import SiteRun
 from cola.sites import SiteSpec, flatten_rows
@@ -104,6 +104,7 @@ class Transfer:
         self._wire_dtype = wire_dtype
         self._last: dict[_Key, _Sent] = {}
         self._departures = Departures()
+        self._staging = Staging()
         if self.crosses:
             self._base = torch.cuda.current_stream(source)
             self._stream = torch.cuda.Stream(source)  # type: ignore[no-untyped-call]
@@ -222,10 +223,11 @@ class Transfer:
         return tensor if self._wire_dtype is None else tensor.to(self._wire_dtype)
 
     def _land(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        pinned = self.target.type == "cpu"
-
         def land(tensor: Tensor) -> Tensor:
-            landed = torch.empty_like(tensor, device=self.target, pin_memory=pinned)
+            if self.ends_on_gpu:
+                landed = torch.empty_like(tensor, device=self.target)
+            else:
+                landed = self._staging.take(tensor)
             return landed.copy_(tensor, non_blocking=True)
 
         memory = packed_memory(tensors)
