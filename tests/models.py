@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from cola.adapters import Adapter
+from cola.block_capture import Capturer
 from cola.config.choices import AdapterKind, MergeMode, Objective, Reduction
 from cola.config.schema import ModelConfig
 from cola.gradient_learner import GradientLearner
@@ -64,6 +65,7 @@ def learner_of(
     mode: MergeMode = MergeMode.unmerged,
     *,
     num_workers: int = 0,
+    capturer: Capturer | None = None,
 ) -> GradientLearner:
     """Gradient learning on a base model, with copies of the adapters."""
     settings = GradientLearning(
@@ -73,6 +75,7 @@ def learner_of(
         optimizer=tiny.optimizer(),
         reduction=Reduction.mean,
         offload=tiny.offload_plan(num_workers),
+        capturers=None if capturer is None else lambda device: capturer,
     )
     return build_gradient_learner(base.module, base.sites, copy.deepcopy(adapters), settings)
 
@@ -80,12 +83,26 @@ def learner_of(
 def token_batches(objective: str, num: int) -> list[Batch]:
     """Padded batches of different sizes; words of the built-in vocabulary at random."""
     generator = torch.Generator().manual_seed(2)
-    build = _seq2seq_batch if objective == "seq2seq" else _causal_batch
+    builders = {"seq2seq": _seq2seq_batch, "causal": _causal_batch}
+    build = builders.get(objective, _classification_batch)
     return [build(2 + index % 2, generator) for index in range(num)]
 
 
 def _words(size: int, length: int, generator: torch.Generator) -> Tensor:
     return torch.randint(4, 50, (size, length), generator=generator)
+
+
+def _classification_batch(size: int, generator: torch.Generator) -> Batch:
+    """Right padding."""
+    inputs = _words(size, 7, generator)
+    mask = torch.ones_like(inputs)
+    mask[0, 5:] = 0
+    inputs[0, 5:] = 0
+    return Batch(
+        inputs={"input_ids": inputs, "attention_mask": mask},
+        labels=torch.arange(size) % 2,
+        num_terms=size,
+    )
 
 
 def _seq2seq_batch(size: int, generator: torch.Generator) -> Batch:

@@ -3,7 +3,7 @@
 import random
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
@@ -23,11 +23,19 @@ class LaggingTransfer(Transfer):
         self.num_copies = 0
         self._wire = ThreadPoolExecutor(1)
         self._lag = random.Random(0)
+        self._under_way: list[Future[None]] = []
         self._staging = Staging(lambda num_bytes: torch.empty(num_bytes, dtype=torch.uint8))
 
     def begin_step(self) -> None:
         """No streams here."""
         self.forget()
+
+    def forget(self) -> None:
+        """What goes on after this comes after all copies, as on a GPU's stream."""
+        super().forget()
+        for arriving in self._under_way:
+            arriving.result()
+        self._under_way.clear()
 
     def ship(self, cargo: Sequence[Cargo]) -> list[Parcel]:
         self.num_copies += len(cargo)
@@ -41,4 +49,5 @@ class LaggingTransfer(Transfer):
             landed.copy_(self._load(cargo))
 
         arriving = self._wire.submit(copy_late)
+        self._under_way.append(arriving)
         return Shipment(landed, lambda _: arriving.result(), self.staged)
