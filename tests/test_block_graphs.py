@@ -164,6 +164,26 @@ class TwiceNet(LayeredNet):
         self.second[1].query = self.second[0].query
 
 
+class Deaf(Layer):
+    """Uses nothing of what the model gives to all layers."""
+
+    def forward(self, x: Tensor, scale: float, *, gate: dict[str, Tensor]) -> Any:
+        return super().forward(x, scale, gate={"gate": torch.tensor(0.5, dtype=x.dtype)})
+
+
+class DeafNet(LayeredNet):
+    def __init__(self) -> None:
+        super().__init__()
+        self.second[1] = Deaf()
+
+
+def test_what_a_block_does_not_use_gets_no_gradient_from_it() -> None:
+    stream = tiny.batches(DeafNet(), 11)
+    distance, capturer = distance_from_autograd(DeafNet, AdapterKind.lowrank, stream, 1)
+    assert distance <= EXACT
+    assert capturer.num_captures == 3 * 4 * 2
+
+
 def test_second_run_of_a_block_runs_as_ever() -> None:
     stream = tiny.batches(TwiceNet(), 11)
     for mode in (MergeMode.unmerged, MergeMode.merged):
