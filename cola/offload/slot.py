@@ -23,7 +23,7 @@ Publish = Callable[[Mapping[SiteName, SiteAdapter]], Round]
 
 MAX_PENDING = 2
 """Blocks, of any batch, whose data may wait for their worker before the base model has to: a worker
-is never without work, and what is staged does not grow with the number of layers."""
+that has fallen behind need not wait in turn, and what is staged does not grow with the layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
