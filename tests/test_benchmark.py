@@ -22,7 +22,7 @@ from cola.config.schema import BenchConfig
 from cola.errors import OffloadError, SiteError
 from cola.experiment import build_problem
 from cola.models import BaseModel, build_base_model
-from cola.report.bench_figure import plot_costs
+from cola.report.bench_figure import draw_costs, plot_costs
 from cola.report.bench_table import cost_table
 from cola.tasks.encoding import IGNORED
 
@@ -330,6 +330,13 @@ def test_the_papers_values_stand_beside_ours(finished, tmp_path):
     skipped.pop("seconds")
     assert "| needs a second GPU |" in cost_table([skipped])
     assert not plot_costs([skipped], tmp_path / "none.png").exists()
+
+
+def test_a_figure_keeps_settings_apart_and_names_them(finished):
+    row = {**results_of(finished)["cola-lowrank-merged-cpu"], "settings": []}
+    figure = draw_costs([row, {**row, "settings": ["offload.payload=auto"]}])
+    plain, other = [axes.get_title() for axes in figure.axes if axes.get_title()]
+    assert other == f"{plain}, offload.payload=auto"
 
 
 def test_regression_and_images_have_batches_of_their_own():

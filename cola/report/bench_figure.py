@@ -129,4 +129,5 @@ def _kind(row: Mapping[str, Any]) -> str:
 
 def _title(row: Mapping[str, Any]) -> str:
     lengths = "" if row["lengths"] == "full" else f", lengths of {row['lengths']}"
-    return f"{row['model']}, batch size {row['batch_size']}{lengths}"
+    settings = "".join(f", {setting}" for setting in row["settings"])
+    return f"{row['model']}, batch size {row['batch_size']}{lengths}{settings}"
