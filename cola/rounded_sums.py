@@ -76,21 +76,29 @@ def add_rounded(
         torch.add(weight, update.left.view_as(weight), alpha=scale, out=out)
         return
     width = weight[:1].numel()
-    blocks = _blocks(len(weight), width * dtype.itemsize, device, update)
-    block = torch.empty(blocks[0].stop, width, dtype=dtype, device=device)
-    for rows in blocks:
-        pristine, target = weight[rows].to(device, non_blocking=True), out[rows]
-        left = update.left[rows].to(device, dtype, non_blocking=True)
-        total = block[: len(left)]
+    size = _block_rows(len(weight), width * dtype.itemsize, device, update)
+    flat = torch.empty(size, width, dtype=dtype, device=device)
+    shaped = flat.view(size, *weight.shape[1:])
+    # As few calls as can be: each of them takes the interpreter, which all workers share.
+    tensors = (weight, update.left, out)
+    parts = zip(*(torch.split(tensor, size) for tensor in tensors), strict=True)
+    for number, (pristine, left, target) in enumerate(parts):
+        if len(target) < size:  # the last one
+            flat, shaped = flat[: len(target)], shaped[: len(target)]
+        if pristine.device != device:
+            pristine = pristine.to(device, non_blocking=True)
+        if left.device != device or left.dtype is not dtype:
+            left = left.to(device, dtype, non_blocking=True)
         if is_here and not is_stochastic and right is not None:
-            torch.mm(left, right, out=total)
-            torch.add(pristine, total.view(target.shape), alpha=scale, out=target)
+            torch.mm(left, right, out=flat)
+            torch.add(pristine, shaped, alpha=scale, out=target)
             continue
-        total.view(target.shape).copy_(pristine)
-        _add_to(total, left, right, scale)
+        shaped.copy_(pristine)
+        _add_to(flat, left, right, scale)
         if is_stochastic:
-            total = round_stochastically(total, first=rows.start)
-        target.copy_(total.view(target.shape))
+            target.copy_(round_stochastically(flat, first=number * size).view(target.shape))
+        else:
+            target.copy_(shaped)
 
 
 def _add_to(total: Tensor, left: Tensor, right: Tensor | None, scale: float) -> None:
@@ -100,13 +108,12 @@ def _add_to(total: Tensor, left: Tensor, right: Tensor | None, scale: float) -> 
         total.addmm_(left, right, alpha=scale)
 
 
-def _blocks(num_rows: int, row_bytes: int, device: torch.device, update: Update) -> list[slice]:
-    """Rows of each block, the first block being the largest."""
+def _block_rows(num_rows: int, row_bytes: int, device: torch.device, update: Update) -> int:
+    """Rows of every block but for the last, which may have fewer."""
     block_bytes = CPU_BLOCK_BYTES if device.type == "cpu" else GPU_BLOCK_BYTES
     # Every block reads the right factor once: it should be no larger than the block itself.
     rank = 0 if update.right is None else len(update.right)
-    size = min(num_rows, max(1, rank, block_bytes // row_bytes))
-    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
+    return min(num_rows, max(1, rank, block_bytes // row_bytes))
 
 
 def round_stochastically(exact: Tensor, *, first: int = 0) -> Tensor:
