@@ -37,7 +37,7 @@ class Replayed(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: D102, what autograd asks for
-        ctx: Any, block: "Replayable", anchor: Tensor, *tensors: Tensor
+        ctx: Any, block: Replayable, anchor: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.block = block
         outputs, differentiable = block.forward(tensors)

@@ -69,9 +69,8 @@ def add_rounded(
         out.copy_(weight, non_blocking=True)
         _add_to(out.view(len(out), -1), update.left.to(device, dtype), right, scale)
         return
-    is_here = (
-        weight.device == device and device.type == "cuda"
-    )  # whose kernels mix dtypes at no cost
+    # Kernels of a GPU mix dtypes at no cost.
+    is_here = weight.device == device and device.type == "cuda"
     if is_here and not is_stochastic and right is None:
         torch.add(weight, update.left.view_as(weight), alpha=scale, out=out)
         return

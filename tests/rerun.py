@@ -13,13 +13,14 @@ class Rerun:
     Attributes:
         num_captures: graphs so far.
         num_replays: of them.
+        released: memory, and how many graphs had been captured when it was.
     """
 
     held_bytes = 0
 
     def __init__(self) -> None:
         self.num_captures = self.num_replays = 0
-        self._released: list[tuple[int, Tensor]] = []
+        self.released: list[tuple[int, Tensor]] = []
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -32,7 +33,7 @@ class Rerun:
 
         def replay() -> None:
             self.num_replays += 1
-            for since, memory in self._released:
+            for since, memory in self.released:
                 if since < number:  # what was released before this was captured lies open to it
                     memory.fill_(torch.nan)
             with torch.enable_grad():  # a node of autograd replays
@@ -43,5 +44,5 @@ class Rerun:
         return written, replay
 
     def alias(self, tensor: Tensor) -> Tensor:
-        self._released.append((self.num_captures, tensor))
+        self.released.append((self.num_captures, tensor))
         return tensor.view_as(tensor)

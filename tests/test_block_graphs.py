@@ -89,21 +89,15 @@ def test_what_the_next_block_alone_reads_is_free_when_it_has_run(
 ) -> None:
     """Of the last two blocks it is not known: what comes after them is no block."""
     monkeypatch.setattr(cola.offload.placing, "Transfer", LaggingTransfer)  # hidden inputs leave
-    freed: list[int] = []
-
-    class Noting(Rerun):
-        def alias(self, tensor: Tensor) -> Tensor:
-            freed.append(self.num_captures)
-            return super().alias(tensor)
-
+    capturer = Rerun()
     stream = [tiny.batches(net_type(), 1)[0]] * 5
     start = tiny.filled_adapters(tiny.net(net_type), AdapterKind.lowrank)
     oracle = tiny.oracle_learner(tiny.net(net_type), start)
-    learner = learner_of(tiny.net(net_type), start, Noting(), offload=tiny.offload_plan(2))
+    learner = learner_of(tiny.net(net_type), start, capturer, offload=tiny.offload_plan(2))
     assert tiny.train(learner, stream) == pytest.approx(tiny.train(oracle, stream), rel=1e-10)
     assert tiny.distance(learner.export(), oracle.export(), start) <= EXACT
     # By the block that answered, and by the one that read it; a hidden input leaves every block.
-    assert sum(number <= 8 for number in freed) == 2 * num_free + 8
+    assert sum(since <= 8 for since, _ in capturer.released) == 2 * num_free + 8
     learner.close()
 
 

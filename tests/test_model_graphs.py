@@ -3,7 +3,6 @@
 from typing import Any
 
 import pytest
-import torch
 
 import cola.offload.placing
 from cola.config.choices import AdapterKind, DType, MergeMode
@@ -54,15 +53,11 @@ def test_replays_train_as_the_model_does(
 
 def test_blocks_of_llama_hold_nothing_for_the_block_after() -> None:
     """Its norms save float32, its sums nothing: in bfloat16 what a block answers is soon free."""
-    freed = []
-
-    class Noting(Rerun):
-        def alias(self, tensor: torch.Tensor) -> torch.Tensor:
-            freed.append(self.num_captures)
-            return super().alias(tensor)
-
+    capturer = Rerun()
     base = built("tiny-llama", dtype=DType.bfloat16)
-    learner = learner_of(base, "causal", filled(base, AdapterKind.lowrank), capturer=Noting())
+    learner = learner_of(base, "causal", filled(base, AdapterKind.lowrank), capturer=capturer)
     tiny.train(learner, [token_batches("causal", 1)[0]] * 3)
     learner.close()
-    assert sum(number <= 4 for number in freed) == 2 * 2  # of two blocks: who wrote, who read
+    assert (
+        sum(since <= 4 for since, _ in capturer.released) == 2 * 2
+    )  # of two blocks: who wrote, who read
