@@ -55,6 +55,21 @@ def test_weights_keep_their_form_and_memory_layout(shape: tuple[int, ...]) -> No
     assert torch.equal(out.reshape(ROWS, WIDTH), weight + updates["whole"].left)
 
 
+@pytest.mark.parametrize("form", ["whole", "factors"])
+def test_updates_as_narrow_as_the_weight_are_summed_in_float32(form: str) -> None:
+    """Factors that were published in the base model's type."""
+    weight, updates = weight_and_updates(torch.bfloat16)
+    update = updates[form]
+    right = None if update.right is None else update.right.bfloat16()
+    narrow = Update(update.left.bfloat16(), right)
+    out = torch.empty_like(weight)
+    add_rounded(weight, narrow, out, scale=0.7)
+    exact = narrow.left.double() if right is None else narrow.left.double() @ right.double()
+    wanted = (weight.double() + 0.7 * exact).float().bfloat16()
+    assert (out == wanted).float().mean() > 0.99  # sums between two values may fall on either side
+    torch.testing.assert_close(out, wanted, rtol=2**-7, atol=1e-6)
+
+
 def test_the_sum_is_float32_at_least() -> None:
     whole = torch.zeros(1, 1, dtype=torch.bfloat16)
     assert sum_dtype(whole, Update(whole)) is torch.float32
