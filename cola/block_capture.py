@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from cola.block_nodes import Entrance, Replayed
 from cola.block_signature import Signature
+from cola.kept_rows import KeptRows
 from cola.packing import pack
 from cola.site_calls import SiteCall, SiteRun, Taped
 from cola.sites import SiteName
@@ -184,13 +185,20 @@ class BlockCapture:
 
     def forward(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[bool]]:
         """Outputs, and which of them can be differentiated; hidden inputs leave."""
-        for one in self._sites:
-            self._taps.require(one.site)
+        self._taps.require(list(dict.fromkeys(one.site for one in self._sites)))
         for buffer, tensor in zip(self._buffers, tensors, strict=True):
             buffer.fill(tensor)
         self._replay_forward()
-        inputs = pack(self._hidden_inputs) if self._leaves_early else self._hidden_inputs
-        runs = [SiteRun(one.site, inputs[one.index], one.dtype) for one in self._sites]
+        self._taps.fetch_ahead()
+        kept = [
+            self._taps.kept_rows(one.site, self._hidden_inputs[one.index].shape)
+            for one in self._sites
+        ]
+        inputs = self._copied_inputs(kept) if self._leaves_early else self._hidden_inputs
+        runs = [
+            SiteRun(one.site, inputs[one.index], one.dtype, rows)
+            for one, rows in zip(self._sites, kept, strict=True)
+        ]
         self._calls = self._taps.ran(runs, leave=self._leaves_early)
         return [output.detach() for output in self.outputs], self._differentiable
 
@@ -203,8 +211,11 @@ class BlockCapture:
             else:
                 buffer.fill(gradient)
         self._replay_backward()
-        stayed = None if self._leaves_early else pack(self._hidden_inputs)
-        hidden_gradients = pack(self._hidden_gradients)
+        kept = [call.kept for call in self._calls]
+        stayed = None if self._leaves_early else self._copied_inputs(kept)
+        hidden_gradients = pack(
+            self._hidden_gradients, [_indices(kept[index]) for index in self._reported]
+        )
         for index, hidden_gradient in zip(self._reported, hidden_gradients, strict=True):
             hidden_input = None if stayed is None else stayed[self._sites[index].index]
             self._taps.arrived(self._calls[index], hidden_gradient, hidden_input)
@@ -218,6 +229,14 @@ class BlockCapture:
         """The step has ended: what was copied from is not kept."""
         for buffer in [*self._buffers, *self._gradients]:
             buffer.source = None
+
+    def _copied_inputs(self, kept: Sequence[KeptRows | None]) -> list[Tensor]:
+        """Distinct hidden inputs, of which nothing but what travels, of each site, is needed."""
+        wanted: list[set[KeptRows | None]] = [set() for _ in self._hidden_inputs]
+        for one, rows in zip(self._sites, kept, strict=True):
+            wanted[one.index].add(rows)
+        alike = [own.pop() if len(own) == 1 else None for own in wanted]
+        return pack(self._hidden_inputs, [_indices(rows) for rows in alike])
 
     def _run_forward(self) -> list[Tensor]:
         """The work of the forward pass: outputs and distinct hidden inputs."""
@@ -274,6 +293,10 @@ class BlockCapture:
 
     def _released(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         return [self._capturer.alias(tensor) for tensor in tensors]
+
+
+def _indices(kept: KeptRows | None) -> Tensor | None:
+    return None if kept is None else kept.index
 
 
 def _spread(tensors: Iterable[T], where: Iterable[bool]) -> list[T | None]:

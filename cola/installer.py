@@ -68,18 +68,34 @@ class Installer:
             self._base = torch.cuda.current_stream(self._device)
             self._stream.wait_stream(self._base)
 
-    def require(self, site: SiteName) -> None:
-        """The site runs next: its parameters are in effect when this returns."""
-        if self._installed.get(site) != self._version:
-            self._fetch([site], self._version)
+    def require(self, sites: Sequence[SiteName]) -> None:
+        """These sites run next: their parameters are in effect when this returns."""
+        missing = [site for site in sites if self._installed.get(site) != self._version]
+        if missing:
+            self._fetch(missing, self._version)
         if self._stream is None:
             return
-        self._lookahead.passed(site)
-        arrival = self._arrivals.pop(site, None)
-        if arrival is not None and arrival is not self._last_arrival:
-            self._base.wait_event(arrival)
-            self._last_arrival = arrival  # of all sites that came together
-        self._fetch_ahead()
+        for site in sites:
+            self._lookahead.passed(site)
+            arrival = self._arrivals.pop(site, None)
+            if arrival is not None and arrival is not self._last_arrival:
+                self._base.wait_event(arrival)
+                self._last_arrival = arrival  # of all sites that came together
+
+    def fetch_ahead(self) -> None:
+        """Fetches the next sites that are ready, unless enough are on their way.
+
+        For when the sites that were required have been issued: what comes takes the host a while.
+        """
+        if self._stream is None:
+            return
+        version = self._version
+        coming = self._lookahead.due(
+            lambda site: self._installed.get(site) == version,
+            lambda site: bool(self._source.ready([site], version)),
+        )
+        if coming:
+            self._fetch(coming, version, ahead=True)
 
     def release(self, sites: Iterable[SiteName]) -> None:
         """The backward pass has left these sites, or has left one of their runs.
@@ -102,7 +118,8 @@ class Installer:
         """Brings every site to one version; the source must have drained."""
         self.begin(version)
         for site in self._order:
-            self.require(site)
+            self.require([site])
+            self.fetch_ahead()
 
     def forget(self) -> None:
         """Makes the next forward pass fetch everything afresh.
@@ -114,16 +131,6 @@ class Installer:
         self._installed.clear()
         self._arrivals.clear()
         self._lookahead.begin()
-
-    def _fetch_ahead(self) -> None:
-        """Fetches the next sites that are ready, unless enough are on their way."""
-        version = self._version
-        coming = self._lookahead.due(
-            lambda site: self._installed.get(site) == version,
-            lambda site: bool(self._source.ready([site], version)),
-        )
-        if coming:
-            self._fetch(coming, version, ahead=True)
 
     def _fetch(self, sites: Sequence[SiteName], version: int, *, ahead: bool = False) -> None:
         if self._stream is None:

@@ -17,7 +17,7 @@ MIN_DROPPED_SHARE = 0.05
 """Share of padding below which all rows travel: picking rows is a copy, which has to pay."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class KeptRows:
     """The real tokens of one padded text.
 
@@ -36,8 +36,10 @@ class KeptRows:
         return len(shape) == 3 and shape[:2] == self.shape
 
     def take(self, tensor: Tensor) -> Tensor:
-        """Kept rows (N', D) of a tensor (B, T, D) or (B*T, D); a copy."""
-        return tensor.reshape(-1, tensor.shape[-1]).index_select(0, self.index)
+        """Kept rows (N', D) of a tensor (B, T, D) or (B*T, D), a copy; or of what was taken."""
+        rows = tensor.reshape(-1, tensor.shape[-1])
+        is_taken = len(rows) == len(self.index)  # fewer than B*T: some are always dropped
+        return rows if is_taken else rows.index_select(0, self.index)
 
     def is_zero_elsewhere(self, tensor: Tensor) -> Tensor:
         """Whether all other rows of the tensor are exactly zero: bool, 0-dim, on its device."""

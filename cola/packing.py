@@ -18,27 +18,46 @@ COPIED_ALONE_BYTES = 1 << 20
 tensors is made for small ones, whose launches would take longer than they do."""
 
 
-def pack(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of tensors, contiguous; those of one dtype and device in one memory."""
-    if len({(tensor.dtype, tensor.device) for tensor in tensors}) != 1:
-        return [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
-    step = ALIGNMENT // tensors[0].element_size()
-    starts = [0]
-    for tensor in tensors:
-        starts.append(starts[-1] + -(-tensor.numel() // step) * step)
-    memory = torch.empty(starts[-1], dtype=tensors[0].dtype, device=tensors[0].device)
-    packed = [
-        memory[start : start + tensor.numel()].view(tensor.shape)
-        for start, tensor in zip(starts, tensors, strict=False)
-    ]
-    pairs = list(zip(packed, tensors, strict=True))
-    small = [pair for pair in pairs if pair[0].nbytes < COPIED_ALONE_BYTES]
+def pack(tensors: Sequence[Tensor], rows: Sequence[Tensor | None] | None = None) -> list[Tensor]:
+    """Copies of tensors, contiguous; those of one dtype and device in one memory.
+
+    Args:
+        tensors: to copy.
+        rows: of some only these are copied, (N', D) of (..., D): their indices, int64; None: all.
+    """
+    rows = rows or [None] * len(tensors)
+    pairs = list(zip(_memory_for(tensors, rows), tensors, rows, strict=True))
+    small = []
+    for into, out_of, picked in pairs:
+        if picked is not None:
+            torch.index_select(out_of.reshape(-1, out_of.shape[-1]), 0, picked, out=into)
+        elif into.nbytes < COPIED_ALONE_BYTES:
+            small.append((into, out_of))
+        else:
+            into.copy_(out_of)
     if small:
         torch._foreach_copy_([into for into, _ in small], [out_of for _, out_of in small])
-    for into, out_of in pairs:
-        if into.nbytes >= COPIED_ALONE_BYTES:
-            into.copy_(out_of)
-    return packed
+    return [into for into, _, _ in pairs]
+
+
+def _memory_for(tensors: Sequence[Tensor], rows: Sequence[Tensor | None]) -> list[Tensor]:
+    """Where copies of these rows of tensors go."""
+    shapes = [
+        tensor.shape if picked is None else torch.Size([len(picked), tensor.shape[-1]])
+        for tensor, picked in zip(tensors, rows, strict=True)
+    ]
+    if len({(tensor.dtype, tensor.device) for tensor in tensors}) != 1:
+        like = zip(tensors, shapes, strict=True)
+        return [torch.empty(shape, dtype=x.dtype, device=x.device) for x, shape in like]
+    step = ALIGNMENT // tensors[0].element_size()
+    starts = [0]
+    for shape in shapes:
+        starts.append(starts[-1] + -(-shape.numel() // step) * step)
+    memory = torch.empty(starts[-1], dtype=tensors[0].dtype, device=tensors[0].device)
+    return [
+        memory[start : start + shape.numel()].view(shape)
+        for start, shape in zip(starts, shapes, strict=False)
+    ]
 
 
 def packed_memory(tensors: Sequence[Tensor]) -> Tensor | None:

@@ -106,7 +106,8 @@ class SiteRun(NamedTuple):
 
     Attributes:
         site: which.
-        hidden_input: (..., D), as the site got it; not changed in place before the backward pass.
+        hidden_input: (..., D), as the site got it, or its kept rows, (N', D); not changed in place
+            before the backward pass.
         dtype: that the site computed in: under autocast x may be wider than the product made of it,
             and what was multiplied is x rounded.
         kept: rows that travel; None: all.
@@ -117,6 +118,13 @@ class SiteRun(NamedTuple):
     dtype: torch.dtype
     kept: KeptRows | None = None
 
+    @property
+    def num_bytes(self) -> int:
+        """Of what travels."""
+        x = self.hidden_input
+        num_rows = x.shape[:-1].numel() if self.kept is None else len(self.kept.index)
+        return num_rows * x.shape[-1] * x.element_size()
+
 
 @dataclass(frozen=True, kw_only=True)
 class SiteCall:
@@ -124,7 +132,7 @@ class SiteCall:
 
     Attributes:
         site: which.
-        shape: of the hidden input.
+        shape: of the hidden input, or, of a replayed site, of what of it travels.
         kept: its rows that travel; None: all.
         sent: the hidden input, if it has left.
         unchanged: watches over it then.

@@ -10,7 +10,7 @@ gradient checkpointing runs forward hooks a second time, inside the backward pas
 neither installs nor counts nor sends.
 
 A captured graph runs no hooks (`cola.block_graphs`): what the taps noted on the tape while it was
-captured is replayed by `require`, `ran` and `arrived`.
+captured is replayed by `require`, `fetch_ahead`, `ran` and `arrived`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -159,15 +159,23 @@ class Taps:
         """Whether a replayed site's hidden input leaves in the forward pass."""
         return self._sink.takes_early(site)
 
-    def require(self, site: SiteName) -> None:
-        """A replayed site runs next: its parameters are in effect when this returns."""
-        self._installer.require(site)
+    def kept_rows(self, site: SiteName, shape: torch.Size) -> KeptRows | None:
+        """Rows of a hidden input of this shape that travel in this step; None: all."""
+        kept = self._rows.kept.get(site)
+        return kept if kept is not None and kept.applies_to(shape) else None
+
+    def require(self, sites: Sequence[SiteName]) -> None:
+        """A block with these sites is replayed next: their parameters are in effect from here."""
+        self._installer.require(sites)
+
+    def fetch_ahead(self) -> None:
+        """A block is being replayed: there is time to fetch parameters of those to come."""
+        self._installer.fetch_ahead()
 
     def ran(self, runs: Sequence[SiteRun], *, leave: bool) -> list[SiteCall]:
         """Sites of a replayed block have run; their hidden inputs leave now, or when it is said."""
         for run in runs:
             self._num_open[run.site] += 1
-        runs = [self._with_rows(run) for run in runs]
         sent = self._sink.send_inputs(runs) if leave else [None] * len(runs)
         return [
             SiteCall(site=run.site, shape=run.hidden_input.shape, kept=run.kept, sent=parcel)
@@ -241,7 +249,7 @@ class Taps:
 
     def _before(self, site: SiteName, module: nn.Module, args: Any) -> None:
         if self._phase is _Phase.forward and self._tape is None:
-            self._installer.require(site)
+            self._installer.require([site])
 
     def _after(
         self,
@@ -264,6 +272,7 @@ class Taps:
             self._tape.hidden_inputs.append(hidden_input)
             anchor, report = self._tape.anchor, taped.note
         elif self._phase is _Phase.forward:
+            self._installer.fetch_ahead()
             self._require_graph(site)
             self._num_open[site] += 1
             report = partial(self.arrived, self._begin_call(site, hidden_input, hidden, leaves))
@@ -287,9 +296,7 @@ class Taps:
         )
 
     def _with_rows(self, run: SiteRun) -> SiteRun:
-        kept = self._rows.kept.get(run.site)
-        applies = kept is not None and kept.applies_to(run.hidden_input.shape)
-        return run._replace(kept=kept) if applies else run
+        return run._replace(kept=self.kept_rows(run.site, run.hidden_input.shape))
 
     def _require_graph(self, site: SiteName) -> None:
         if not torch.is_grad_enabled():

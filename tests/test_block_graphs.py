@@ -334,6 +334,36 @@ def test_parameters_return_while_the_backward_pass_goes_on(
     learner.close()
 
 
+def test_a_block_waits_for_its_own_parameters_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the blocks after come while it runs: nothing waits for their copies."""
+    rerun = Rerun()
+    log: list[tuple[list[str], int]] = []
+    require, fetch_ahead = Installer.require, Installer.fetch_ahead
+
+    def note_required(self: Installer, sites: Sequence[str]) -> None:
+        log.append((list(sites), rerun.num_replays))
+        require(self, sites)
+
+    def note_ahead(self: Installer) -> None:
+        log.append(([], rerun.num_replays))
+        fetch_ahead(self)
+
+    net = tiny.net(LayeredNet)
+    learner = learner_of(net, tiny.filled_adapters(net, AdapterKind.lowrank), rerun)
+    batches = [tiny.batches(net, 1)[0]] * 3
+    tiny.train(learner, batches[:2])
+    monkeypatch.setattr(Installer, "require", note_required)
+    monkeypatch.setattr(Installer, "fetch_ahead", note_ahead)
+    tiny.train(learner, batches[2:])
+    own = ("query", "value", "again")
+    expected = [["gates"], []]
+    for block in ("first.0", "first.1", "second.0", "second.1"):
+        expected += [[f"{block}.{name}" for name in own], []]
+    assert [sites for sites, _ in log] == [*expected, ["head"], []]
+    assert [num for _, num in log] == [0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 4]
+    learner.close()
+
+
 def test_blocks_are_the_outermost_lists_with_sites() -> None:
     net = LayeredNet()
     assert find_blocks(net, ["second.0.query"]) == list(net.second)

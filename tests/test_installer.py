@@ -42,8 +42,8 @@ def build() -> tuple[Installer, Source, Any]:
 def test_a_site_waits_only_for_itself() -> None:
     installer, _, placed = build()
     installer.begin(1)
-    installer.require("b")
-    installer.require("b")
+    installer.require(["b"])
+    installer.require(["b"])
     assert placed.log == [("b", 1)]
 
 
@@ -60,7 +60,7 @@ def test_what_is_ready_comes_back_when_the_backward_pass_has_left_it() -> None:
     assert placed.log == [("c", 1), ("b", 1), ("a", 1)]
     installer.begin(1)
     for site in "abc":
-        installer.require(site)
+        installer.require([site])
     assert len(placed.log) == 3
 
 

@@ -41,6 +41,26 @@ def test_tensors_of_several_dtypes_are_copied_one_by_one() -> None:
     assert packed_memory(packed) is None
 
 
+def test_rows_of_some_tensors_are_packed_with_all_of_others() -> None:
+    given = tensors(torch.bfloat16)
+    rows = [torch.tensor([4, 1]), None, torch.tensor([0]), None, torch.tensor([9, 0, 3])]
+    packed = pack(given, rows)
+    flat = [x.reshape(-1, x.shape[-1]) for x in given]
+    wanted = [
+        x if own is None else rows_of[own]
+        for x, rows_of, own in zip(given, flat, rows, strict=True)
+    ]
+    assert same(packed, wanted)
+    assert packed_memory(packed) is not None
+    assert all(t.storage_offset() * t.element_size() % ALIGNMENT == 0 for t in packed)
+
+
+def test_rows_of_tensors_of_several_dtypes_are_copied_one_by_one() -> None:
+    given = [torch.rand(2, 3, 5), torch.rand(6, 4, dtype=torch.float64)]
+    packed = pack(given, [torch.tensor([5, 0]), torch.tensor([1])])
+    assert same(packed, [given[0].flatten(0, 1)[[5, 0]], given[1][[1]]])
+
+
 def test_a_copy_of_the_whole_holds_every_part() -> None:
     given = tensors()
     for part in (slice(None), slice(1, 3), slice(2, None)):

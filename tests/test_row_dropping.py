@@ -276,6 +276,7 @@ def test_kept_rows_are_the_real_tokens() -> None:
     tensor = torch.randn(3, 10, 4)
     assert torch.equal(kept.take(tensor), tensor[mask])
     assert torch.equal(kept.take(tensor.flatten(0, 1)), tensor[mask])
+    assert torch.equal(kept.take(kept.take(tensor)), tensor[mask])
     assert kept.applies_to(tensor.shape)
     assert not kept.applies_to(tensor.flatten(0, 1).shape)  # (N, D) says nothing of B and T
     assert not kept.applies_to(tensor[:, 0].shape)

@@ -104,7 +104,7 @@ class Fleet:
                 continue
             sent = transfer.send_distinct(named)
             for (_, run), parcel in zip(named, sent, strict=True):
-                self._slot_of[run.site].ran(run.site, parcel, run.hidden_input.nbytes)
+                self._slot_of[run.site].ran(run.site, parcel, run.num_bytes)
             parcels += sent
         return parcels
 
