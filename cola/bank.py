@@ -76,10 +76,7 @@ class Bank:
         """The same for several sites, in one go."""
         if not self._copies:
             return {site: self._share(site, adapter) for site, adapter in adapters.items()}
-        named = {
-            site: {name: parameter.detach() for name, parameter in adapter.named_parameters()}
-            for site, adapter in adapters.items()
-        }
+        named = {site: dict(adapter.named_parameters()) for site, adapter in adapters.items()}
         published = {site: self._outgoing_memory(site, own) for site, own in named.items()}
         _copy_all(published, named)
         return dict(published)
@@ -150,6 +147,7 @@ class Bank:
         """The base model was never touched."""
 
 
+@torch.no_grad()
 def _copy_all(
     targets: Mapping[SiteName, Mapping[str, Tensor]],
     sources: Mapping[SiteName, Mapping[str, Tensor]],
