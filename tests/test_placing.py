@@ -6,8 +6,9 @@ import torch
 from cola.adapters import build_adapter
 from cola.config.choices import AdapterKind
 from cola.config.schema import AdapterConfig
-from cola.offload.placing import spread
+from cola.offload.placing import OffloadPlan, spread
 from cola.offload.timing import gradient_seconds, relative_speeds
+from cola.offload.worker import InlineWorker
 from cola.sites import SiteKind, SiteSpec
 from cola.user_adapters import SiteAdapter
 from tests import tiny
@@ -40,6 +41,45 @@ def test_neighbours_go_to_different_places() -> None:
 def test_sites_of_one_module_stay_together() -> None:
     widths = dict.fromkeys(["0.q", "0.v", "1.q", "1.v"], 10)
     assert places_of(widths, 2) == [{"1.q", "1.v"}, {"0.q", "0.v"}]
+
+
+def test_the_first_block_steps_alone_and_small_ones_of_a_worker_together() -> None:
+    """The next forward pass waits for it."""
+    config = AdapterConfig(kind=AdapterKind.linear)
+    adapters: dict[str, SiteAdapter] = {}
+    for name in ("0.q", "0.v", "1.q", "1.v", "2.q", "2.v"):
+        spec = SiteSpec(name=name, kind=SiteKind.linear, in_features=10, out_features=1)
+        adapters[name] = build_adapter(config, spec, seed=0)
+    groups = tiny.offload_plan(1).place(adapters, CPU, torch.float32)
+    assert [set(group.adapters) for group in groups] == [
+        {"0.q", "0.v"},
+        {"1.q", "1.v", "2.q", "2.v"},
+    ]
+    assert len({id(group.worker) for group in groups}) == 1
+    groups[0].worker.stop()
+
+
+@pytest.mark.parametrize(
+    ("cores", "workers", "num", "threads"),
+    [(16, None, 8, 3), (2, None, 1, 2), (1, None, 1, 1),
+     (16, 2, 2, 8), (16, 16, 16, 3), (2, 4, 4, 2)],
+)  # fmt: skip
+def test_a_fit_may_use_more_cores_than_its_share(
+    monkeypatch: pytest.MonkeyPatch, cores: int, workers: int | None, num: int, threads: int
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    started = []
+
+    def start(name: str, device: torch.device, *, num_threads: int) -> InlineWorker:
+        started.append(num_threads)
+        return InlineWorker(device)
+
+    monkeypatch.setattr("cola.offload.placing.ThreadWorker", start)
+    adapters: dict[str, SiteAdapter] = {
+        "q": tiny.filled_adapter(AdapterKind.linear, tiny.site("linear").spec)
+    }
+    OffloadPlan(devices=(CPU,), workers=workers).place(adapters, CPU, torch.float32)
+    assert started == [threads] * num
 
 
 def test_a_faster_place_gets_more() -> None:

@@ -20,7 +20,12 @@ from cola.sites import SiteName
 from cola.user_adapters import SiteAdapter, num_parameters
 
 CORES_PER_WORKER = 2
-"""Cores that one fit uses: more, smaller fits at a time keep the cores busier."""
+"""Cores for every worker: more, smaller fits at a time keep the cores busier."""
+
+CORES_PER_FIT = 3
+"""Cores that one fit may use: more than its worker's share, since data arrives block by block, and
+workers that wait for theirs leave cores idle. The sooner a fit ends, the less the next forward pass
+waits for the last ones."""
 
 STEPPED_TOGETHER = 1 << 20
 """Parameters up to which adapters of one worker step together: small ones step faster than a step
@@ -109,7 +114,9 @@ class OffloadPlan:
         costs = [sum(num_parameters(adapters[site]) for site in block) for block in blocks]
         groups = []
         for (worker, transfer), own in zip(places, spread(costs, speeds), strict=True):
-            runs = _joined([(blocks[index], costs[index]) for index in own])
+            # The next forward pass waits for the first block: nothing else is stepped before it.
+            alone = [[blocks[0]]] if 0 in own else []
+            runs = alone + _joined([(blocks[index], costs[index]) for index in own if index > 0])
             if transfer.target.type == "cuda":
                 runs = _parts([blocks[index] for index in own], FITS_PER_GPU)
             for run in runs:
@@ -123,7 +130,7 @@ class OffloadPlan:
             return [ThreadWorker(f"offload-{device}", device, num_threads=1)]
         cores = torch.get_num_threads()
         num = self.workers or max(1, cores // CORES_PER_WORKER)
-        threads = max(1, cores // num)
+        threads = max(cores // num, min(cores, CORES_PER_FIT))
         return [ThreadWorker(f"offload-{i}", device, num_threads=threads) for i in range(num)]
 
 
