@@ -105,6 +105,7 @@ class Transfer:
         self._last: dict[_Key, _Sent] = {}
         self._departures = Departures()
         self._staging = Staging()
+        self._before: torch.cuda.Event | None = None  # of what was sent last to a host
         if self.crosses:
             self._base = torch.cuda.current_stream(source)
             self._stream = torch.cuda.Stream(source)  # type: ignore[no-untyped-call]
@@ -235,12 +236,29 @@ class Transfer:
 
     def _waiting(self, arrived: torch.cuda.Event) -> Callable[[Tensor], None]:
         if self.target.type == "cpu":
-            return lambda tensor: arrived.synchronize()
+            return self._waiting_on_host(arrived)
 
         def wait(tensor: Tensor) -> None:
             stream = torch.cuda.current_stream(self.target)  # the worker's own
             stream.wait_event(arrived)
             tensor.record_stream(stream)
+
+        return wait
+
+    def _waiting_on_host(self, arrived: torch.cuda.Event) -> Callable[[Tensor], None]:
+        """Sleeps until what was sent before has arrived, then looks all the time.
+
+        A host that sleeps is told 0.2 ms late, which the next forward pass waits for, too; workers
+        that look from the start would take all cores.
+        """
+        landed = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        landed.record(self._stream)
+        before, self._before = self._before, arrived
+
+        def wait(tensor: Tensor) -> None:
+            if before is not None:
+                before.synchronize()
+            landed.synchronize()
 
         return wait
 
