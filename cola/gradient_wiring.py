@@ -65,6 +65,7 @@ def build_gradient_learner(
             transfer=group.transfer,
             blocks=group.blocks,
             gathers=group.gathers,
+            is_first=next(iter(sites)) in group.adapters,
         )
         for group in placed
     ]

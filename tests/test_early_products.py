@@ -145,6 +145,13 @@ def test_low_rank_sites_of_a_block_are_prepared_without_the_others() -> None:
     assert outbox.add_input("value", parcel, size - 1) == [], "not worth a task"
 
 
+def test_the_next_forward_pass_waits_for_what_is_always_prepared() -> None:
+    transfer = LaggingTransfer(torch.device("cpu"), torch.device("cpu"))
+    outbox = Outbox([["query"]], transfer, ["query"], is_first=True)
+    parcel = lambda: torch.zeros(1)  # noqa: E731
+    assert outbox.add_input("query", parcel, 1) == [("query", parcel)]
+
+
 def test_where_data_is_at_hand_nothing_is_prepared() -> None:
     here = torch.device("cpu")
     outbox = Outbox([["query"]], Transfer(here, here), ["query"])
@@ -170,11 +177,11 @@ def learners(
     return tiny.gradient_learner(base, tiny.filled_adapters(base, kind), offload="cpu")
 
 
-@pytest.mark.parametrize(("threshold", "num"), [(0, 10), (1 << 20, 0)])
-def test_a_learner_prepares_large_inputs_block_by_block(
+@pytest.mark.parametrize(("threshold", "num"), [(0, 10), (1 << 20, 1)])
+def test_a_learner_prepares_large_inputs_and_the_first_block_by_block(
     monkeypatch: pytest.MonkeyPatch, threshold: int, num: int
 ) -> None:
-    """Ten inputs in every step: two of each layer, the gates' and the head's."""
+    """Ten inputs in every step: two of each layer, the gates', which is the first, and the head's."""
     counted = Counted(monkeypatch)
     learner = learners(monkeypatch, threshold)
     base = tiny.net(LayeredNet)

@@ -20,7 +20,8 @@ from cola.offload.transfer import Transfer
 from cola.sites import SiteName
 
 PREPARED_BYTES = 4 << 20
-"""Hidden inputs from this size on are worth a task of their own before their gradients come."""
+"""Hidden inputs from this size on are worth a task of their own before their gradients come; those
+of the first block always are, whose fit the next forward pass waits for."""
 
 Inputs = list[tuple[SiteName, Parcel]]
 """Hidden inputs of sites, on their way."""
@@ -63,6 +64,8 @@ class Outbox:
         blocks: Sequence[Sequence[SiteName]],
         transfer: Transfer,
         prepared: Collection[SiteName] = (),
+        *,
+        is_first: bool = False,
     ) -> None:
         """Nothing is sent yet.
 
@@ -70,11 +73,13 @@ class Outbox:
             blocks: sites, by whose data travels together.
             transfer: to where they are fitted.
             prepared: sites of which something can be done there before gradients come.
+            is_first: whether the forward pass begins with these sites.
         """
         self._transfer = transfer
         # A GPU has no idle cores, and where nothing crosses, inputs come with their gradients.
         on_host = transfer.crosses and not transfer.ends_on_gpu
         self._prepared = frozenset(prepared if on_host else ())
+        self._prepared_bytes = 0 if is_first else PREPARED_BYTES
         self._blocks = [
             _Block(set(sites), len(sites), len(self._prepared.intersection(sites)))
             for sites in blocks
@@ -101,7 +106,7 @@ class Outbox:
         Returns:
             Those to prepare of its block, once all are there: sites that share one read it once.
         """
-        if site not in self._prepared or num_bytes < PREPARED_BYTES:
+        if site not in self._prepared or num_bytes < self._prepared_bytes:
             return []
         block = self._block_of[site]
         block.inputs.append((site, hidden_input))

@@ -36,6 +36,7 @@ class Berth:
         transfer: between the base device and the worker's.
         blocks: the fitter's sites, by whose data travels together.
         gathers: whether data is counted in when that of all sites has been sent, or block by block.
+        is_first: whether the forward pass begins with these sites.
     """
 
     fitter: Fitter
@@ -43,6 +44,7 @@ class Berth:
     transfer: Transfer
     blocks: Sequence[Sequence[SiteName]]
     gathers: bool = False
+    is_first: bool = False
 
 
 Counted = torch.cuda.Event | None
@@ -87,7 +89,7 @@ class Slot:
         self._gathers = berth.gathers
         fitter = berth.fitter
         prepared = [site for site in fitter.adapters if fitter.can_prepare(site)]
-        self._outbox = Outbox(berth.blocks, berth.transfer, prepared)
+        self._outbox = Outbox(berth.blocks, berth.transfer, prepared, is_first=berth.is_first)
         self._pending: list[Future[Counted]] = []  # since the last fit
         self._prepared: list[Future[None]] = []  # likewise
         self._published: dict[int, Future[_Edition]] = {}
