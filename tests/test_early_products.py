@@ -181,7 +181,7 @@ def learners(
 def test_a_learner_prepares_large_inputs_and_the_first_block_by_block(
     monkeypatch: pytest.MonkeyPatch, threshold: int, num: int
 ) -> None:
-    """Ten inputs in every step: two of each layer, the gates', which is the first, and the head's."""
+    """Ten inputs in every step: two of each layer, the gates' (the first) and the head's."""
     counted = Counted(monkeypatch)
     learner = learners(monkeypatch, threshold)
     base = tiny.net(LayeredNet)
