@@ -390,3 +390,46 @@ def test_a_hidden_input_is_known_by_its_state_its_dtype_and_its_rows() -> None:
     wire.forget()
     send(plain)
     assert wire.num_copies == 5
+
+
+def test_a_host_sleeps_until_the_copy_before_and_then_looks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waited: list[object] = []
+
+    class Passing:
+        """An event that is looked at."""
+
+        def record(self, stream: object) -> None:
+            self.recorded_on = stream
+
+        def synchronize(self) -> None:
+            waited.append(("looked", self.recorded_on))
+
+    class Arrived:
+        """One that is slept for."""
+
+        def synchronize(self) -> None:
+            waited.append(self)
+
+    monkeypatch.setattr(torch.cuda, "Event", Passing)
+    wire = Transfer(CPU, CPU)
+    wire._stream = "copies"  # type: ignore[assignment]
+    sent = [Arrived(), Arrived()]
+    first, second = (wire._waiting(event) for event in sent)  # type: ignore[arg-type]
+    tensor = torch.zeros(1)
+    second(tensor)
+    first(tensor)
+    looked = ("looked", "copies")
+    assert waited == [sent[0], looked, looked], "nothing was sent before the first"
+
+
+@pytest.mark.parametrize(("kept", "num_rows"), [(None, 10), ([1, 3, 4], 3)])
+def test_bytes_of_a_run_are_those_of_rows_that_travel(
+    kept: list[int] | None, num_rows: int
+) -> None:
+    x = torch.zeros(2, 5, 3, dtype=torch.bfloat16)
+    rows = None if kept is None else KeptRows(shape=(2, 5), index=torch.tensor(kept))
+    assert SiteRun("q", x, x.dtype, rows).num_bytes == num_rows * 3 * 2
+    if rows is not None:
+        assert SiteRun("q", rows.take(x), x.dtype, rows).num_bytes == num_rows * 3 * 2
