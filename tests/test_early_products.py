@@ -177,7 +177,7 @@ def learners(
     return tiny.gradient_learner(base, tiny.filled_adapters(base, kind), offload="cpu")
 
 
-@pytest.mark.parametrize(("threshold", "num"), [(0, 10), (1 << 20, 1)])
+@pytest.mark.parametrize(("threshold", "num"), [(0, 10), (1, 10), (1 << 20, 1)])
 def test_a_learner_prepares_large_inputs_and_the_first_block_by_block(
     monkeypatch: pytest.MonkeyPatch, threshold: int, num: int
 ) -> None:

@@ -45,6 +45,8 @@ def test_a_site_waits_only_for_itself() -> None:
     installer.require(["b"])
     installer.require(["b"])
     assert placed.log == [("b", 1)]
+    installer.require(["b", "c"])
+    assert placed.log == [("b", 1), ("c", 1)]
 
 
 def test_what_is_ready_comes_back_when_the_backward_pass_has_left_it() -> None:

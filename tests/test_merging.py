@@ -316,3 +316,15 @@ def test_float32_evaluation_merged_equals_unmerged_within_its_precision() -> Non
         answers.append(tiny.logits(learner, batch))
         learner.close()
     torch.testing.assert_close(*answers, rtol=FLOAT32, atol=FLOAT32)
+
+
+def test_snapshots_beside_the_sites_are_no_part_of_a_graph() -> None:
+    site = tiny.site("linear")
+    adapter = tiny.filled_adapter(AdapterKind.lowrank, site.spec).requires_grad_()
+    bank = Bank(
+        {site.spec.name: adapter}, scale=1.0, device=torch.device("cpu"), dtype=torch.bfloat16
+    )
+    published = bank.publish(adapter)
+    for name, parameter in adapter.named_parameters():
+        assert torch.equal(published[name], parameter.detach().bfloat16())
+        assert not published[name].requires_grad
