@@ -8,16 +8,16 @@ as the passes themselves would: they are captured in the order in which they are
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import compress
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree as pytree
 
+from cola.block_memory import Buffer, Capturer
 from cola.block_nodes import Entrance, Replayed
 from cola.block_signature import Signature
 from cola.kept_rows import KeptRows
@@ -26,46 +26,7 @@ from cola.site_calls import SiteCall, SiteRun, Taped
 from cola.sites import SiteName
 from cola.taps import Taps
 
-Replay = Callable[[], None]
 T = TypeVar("T")
-
-
-class Capturer(Protocol):
-    """Turns work into something that can be repeated."""
-
-    @property
-    def held_bytes(self) -> int:
-        """What replays use, and the allocator counts as free."""
-
-    def session(self) -> AbstractContextManager[None]:
-        """Around captures that belong together."""
-
-    def capture(self, work: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Replay]:
-        """Tensors whose memory a replay writes, and the replay; nothing is computed before."""
-
-    def alias(self, tensor: Tensor) -> Tensor:
-        """The same memory, but open to be used by later captures."""
-
-
-@dataclass(kw_only=True)
-class Buffer:
-    """Where a captured graph reads something.
-
-    Attributes:
-        memory: as it was captured.
-        is_borrowed: whether another graph writes it.
-        source: what was copied there in this step; blocks with an input in common share it.
-    """
-
-    memory: Tensor
-    is_borrowed: bool = False
-    source: Tensor | None = None
-
-    def fill(self, tensor: Tensor) -> None:
-        """Copies, unless it is there already."""
-        if tensor is not self.source and tensor.data_ptr() != self.memory.data_ptr():
-            self.memory.copy_(tensor)
-            self.source = tensor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cola.block_capture import BlockCapture, Buffer, Capturer
+from cola.block_capture import BlockCapture
+from cola.block_memory import Buffer, Capturer
 from cola.block_notes import NotedCall, Notes
 from cola.block_signature import Signature, sign
 from cola.errors import TrainingError

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cola.block_capture import Capturer
+from cola.block_memory import Capturer
 from cola.config.choices import EvaluationMerge, MergeMode, Objective, Pristine, Reduction, Rounding
 from cola.config.schema import ExperimentConfig, OptimizerConfig
 from cola.cuda_capture import CudaCapturer

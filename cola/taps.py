@@ -286,17 +286,12 @@ class Taps:
     def _begin_call(
         self, site: SiteName, hidden_input: Tensor, hidden: Tensor, leaves: bool
     ) -> SiteCall:
-        run = self._with_rows(SiteRun(site, hidden_input, hidden.dtype))
-        sent, unchanged = None, None
+        shape, sent, unchanged = hidden_input.shape, None, None
+        kept = self.kept_rows(site, shape)
         if leaves:
-            (sent,) = self._sink.send_inputs([run])
+            (sent,) = self._sink.send_inputs([SiteRun(site, hidden_input, hidden.dtype, kept)])
             unchanged = Unchanged(hidden_input)
-        return SiteCall(
-            site=site, shape=hidden_input.shape, kept=run.kept, sent=sent, unchanged=unchanged
-        )
-
-    def _with_rows(self, run: SiteRun) -> SiteRun:
-        return run._replace(kept=self.kept_rows(run.site, run.hidden_input.shape))
+        return SiteCall(site=site, shape=shape, kept=kept, sent=sent, unchanged=unchanged)
 
     def _require_graph(self, site: SiteName) -> None:
         if not torch.is_grad_enabled():

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from cola.adapters import Adapter
-from cola.block_capture import Capturer
+from cola.block_memory import Capturer
 from cola.config.choices import AdapterKind, MergeMode, Objective, Reduction
 from cola.config.schema import ModelConfig
 from cola.gradient_learner import GradientLearner
