@@ -17,6 +17,7 @@ from cola.attendance import Attendance
 from cola.block_graphs import BlockGraphs
 from cola.interfaces import Adaptation, Measurements, Placement
 from cola.interval_loss import IntervalLoss
+from cola.kept_rows import StepRows
 from cola.merging import Merger
 from cola.meters import GRAPHS, BusyTimer, add_held, count_bytes
 from cola.offload.fit import Fit
@@ -24,7 +25,7 @@ from cola.offload.fleet import Fleet
 from cola.roster import Roster
 from cola.row_dropping import RowDropping
 from cola.sites import SiteName
-from cola.taps import StepRows, Taps
+from cola.taps import Taps
 from cola.task_data import Batch
 from cola.user_adapters import SiteAdapter, UserAdapters, num_parameters
 from cola.user_rows import EVERYONE, UserId, UserRows

@@ -4,13 +4,15 @@ A row of padding is hidden from every other one and no scored logit sits on it, 
 gradient is exactly zero, and with it what it adds to any adapter's gradient.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from cola.runtime import upload
+from cola.sites import SiteName
 from cola.user_rows import UserRows
 
 MIN_DROPPED_SHARE = 0.05
@@ -45,6 +47,25 @@ class KeptRows:
         """Whether all other rows of the tensor are exactly zero: bool, 0-dim, on its device."""
         rows = tensor.reshape(-1, tensor.shape[-1])
         return ~rows.index_fill(0, self.index, 0.0).any()
+
+
+def _look_away(site: SiteName, shape: torch.Size, hidden_gradient: Tensor) -> None:
+    """Nothing is asked of this step's gradients."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRows:
+    """Rows of one training step.
+
+    Attributes:
+        users: whose they are, where users have adapters of their own.
+        kept: which of them travel, by site; all where a site is missing.
+        check: sees every hidden gradient, and the shape of the hidden input that belongs to it.
+    """
+
+    users: UserRows | None = None
+    kept: Mapping[SiteName, KeptRows] = field(default_factory=dict)
+    check: Callable[[SiteName, torch.Size, Tensor], None] = _look_away
 
 
 def keep_rows(mask: Tensor, rows: UserRows | None, device: torch.device) -> KeptRows | None:

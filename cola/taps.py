@@ -15,7 +15,6 @@ captured is replayed by `require`, `fetch_ahead`, `ran` and `arrived`.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
 from typing import Any
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from cola.errors import SiteError
 from cola.installer import Installer
 from cola.interfaces import AdaptationSink, ParameterSource, Placement
-from cola.kept_rows import KeptRows
+from cola.kept_rows import KeptRows, StepRows
 from cola.site_calls import (
     Report,
     SiteCall,
@@ -39,26 +38,6 @@ from cola.site_calls import (
     same_tensor,
 )
 from cola.sites import SiteName, SiteSpec
-from cola.user_rows import UserRows
-
-
-def _look_away(site: SiteName, shape: torch.Size, hidden_gradient: Tensor) -> None:
-    """Nothing is asked of this step's gradients."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepRows:
-    """Rows of one training step.
-
-    Attributes:
-        users: whose they are, where users have adapters of their own.
-        kept: which of them travel, by site; all where a site is missing.
-        check: sees every hidden gradient, and the shape of the hidden input that belongs to it.
-    """
-
-    users: UserRows | None = None
-    kept: Mapping[SiteName, KeptRows] = field(default_factory=dict)
-    check: Callable[[SiteName, torch.Size, Tensor], None] = _look_away
 
 
 class _Phase(Enum):

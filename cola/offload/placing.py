@@ -114,11 +114,13 @@ class OffloadPlan:
         costs = [sum(num_parameters(adapters[site]) for site in block) for block in blocks]
         groups = []
         for (worker, transfer), own in zip(places, spread(costs, speeds), strict=True):
-            # The next forward pass waits for the first block: nothing else is stepped before it.
-            alone = [[blocks[0]]] if 0 in own else []
-            runs = alone + _joined([(blocks[index], costs[index]) for index in own if index > 0])
             if transfer.target.type == "cuda":
                 runs = _parts([blocks[index] for index in own], FITS_PER_GPU)
+            else:
+                # The next forward pass waits for the first block: its fit does nothing else.
+                alone = [[blocks[0]]] if 0 in own else []
+                rest = _joined([(blocks[index], costs[index]) for index in own if index > 0])
+                runs = alone + rest
             for run in runs:
                 sites = itertools.chain(*run)
                 owned = {site: adapters[site].to(transfer.target, dtype) for site in sites}
