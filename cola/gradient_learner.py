@@ -199,8 +199,9 @@ class GradientLearner:
             add_held(held, self._device, GRAPHS, self._graphs.held_bytes)
         extra = {}
         if isinstance(self._placement, Merger):
-            for home, num in self._placement.pristine_bytes.items():
-                add_held(held, home, "pristine", num)
+            for home, owners in self._placement.held_bytes.items():
+                for owner, num in owners.items():
+                    add_held(held, home, owner, num)
         lost = self._placement.lost_share if isinstance(self._placement, Merger) else {}
         if lost:
             shares = torch.stack([share.cpu() for share in lost.values()])

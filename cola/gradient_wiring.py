@@ -62,6 +62,7 @@ def build_gradient_learner(
         Berth(
             fitter=_fitter(group.adapters, settings, buffers, replays.get(id(group.worker))),
             worker=group.worker,
+            backlog=group.backlog,
             transfer=group.transfer,
             blocks=group.blocks,
             gathers=group.gathers,
@@ -85,6 +86,7 @@ def build_gradient_learner(
         payloads=_payloads(owned, settings, weight),
         formers=_formers(berths, placement, settings, weight),
         local=local,
+        buffers=buffers,
     )
     taps = Taps(base_model, sites, placement=placement, sink=fleet, source=fleet)
     return GradientLearner(

@@ -91,13 +91,14 @@ class Merger:
             )
 
     @property
-    def pristine_bytes(self) -> dict[torch.device, int]:
-        """What the weights as they were found take, by device."""
-        held: dict[torch.device, int] = {}
+    def held_bytes(self) -> dict[torch.device, dict[str, int]]:
+        """By device: the weights as they were found, and merged ones until the base has them."""
+        pristine: dict[torch.device, int] = {}
         for site in self._sites.values():
             num = site.weight.nbytes + (0 if site.bias is None else site.bias.nbytes)
-            held[site.weight.device] = held.get(site.weight.device, 0) + num
-        return held
+            pristine[site.weight.device] = pristine.get(site.weight.device, 0) + num
+        owners = ["pristine"] if self._adds_on_base else ["pristine", "merged"]
+        return {device: dict.fromkeys(owners, num) for device, num in pristine.items()}
 
     @property
     def lost_share(self) -> dict[SiteName, Tensor]:

@@ -93,7 +93,7 @@ METRIC_KEYS = frozenset({
     "time/stall_seconds", "time/offload_seconds", "time/iteration_seconds", "wire/bytes_per_step",
     "memory/cpu_peak_mib", "memory/cpu_adapters_mib", "memory/cpu_optimizer_mib",
     "memory/cpu_staging_mib", "memory/cpu_base_model_mib", "memory/cpu_pristine_mib",
-    "memory/base_device_peak_mib", "memory/resident_mib",
+    "memory/cpu_merged_mib", "memory/base_device_peak_mib", "memory/resident_mib",
 })  # fmt: skip
 
 

@@ -21,13 +21,14 @@ from cola.config.schema import OptimizerConfig
 from cola.errors import OffloadError
 from cola.gradient_learner import GradientLearner
 from cola.interfaces import Adaptation
+from cola.meters import count_bytes
 from cola.objectives import task_loss
 from cola.offload.fit import Fit
 from cola.offload.fitter import AdapterFitter
 from cola.offload.fleet import Fleet
-from cola.offload.slot import MAX_PENDING, Berth, Slot
+from cola.offload.slot import Berth, Slot
 from cola.offload.transfer import Transfer
-from cola.offload.worker import InlineWorker, ThreadWorker, Worker
+from cola.offload.worker import MAX_PENDING, InlineWorker, ThreadWorker, Worker
 from cola.site_calls import SiteRun
 from cola.task_data import Batch
 from tests import tiny
@@ -43,6 +44,18 @@ by_offload = pytest.mark.parametrize("offload", ["none", "cpu"])
 by_interval = pytest.mark.parametrize("interval", [1, 2])
 FleetBuilder = Callable[..., Fleet]
 Deliveries = Sequence[tuple[str, AdaptationData]]
+
+
+class TwinLayers(nn.Module):
+    """Eight layers of one shape, each a block of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(8)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, features: Tensor) -> tiny.Output:
+        return tiny.Output(self.layers(features).mean(dim=1)[:, :3])
 
 
 @pytest.fixture
@@ -220,11 +233,42 @@ def test_what_waits_for_a_worker_is_bounded(
     assert data().num_bytes <= peak <= (MAX_PENDING + 1) * data().num_bytes
 
 
+def test_what_waits_for_a_worker_does_not_grow_with_the_layers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Adapters so large that each steps alone, all on one worker that is slower than the base."""
+    monkeypatch.setattr("cola.offload.placing.STEPPED_TOGETHER", 0)
+    base = tiny.net()
+    adapters = tiny.filled_adapters(base, AdapterKind.linear)
+    learner = tiny.gradient_learner(base, adapters, offload="cpu", num_workers=1)
+    sent, counted, under_way = [], [], []
+    accumulate, submit = AdapterFitter.accumulate, Slot._hand_over
+
+    def slowly(fitter: AdapterFitter, batch: Deliveries) -> None:
+        time.sleep(0.005)
+        accumulate(fitter, batch)
+        counted.append(batch)
+
+    def hand_over(slot: Slot) -> None:
+        before = len(slot._pending)
+        submit(slot)
+        sent.extend(slot._pending[before:])
+        under_way.append(len(sent) - len(counted))
+
+    monkeypatch.setattr(AdapterFitter, "accumulate", slowly)
+    monkeypatch.setattr(Slot, "_hand_over", hand_over)
+    for number, batch in enumerate(tiny.batches(base, 3), start=1):
+        tiny.adapt(learner, batch, number)
+    learner.close()
+    assert len(sent) > 3 * MAX_PENDING
+    assert max(under_way) == MAX_PENDING
+
+
 @pytest.mark.parametrize("ask", ["state", "evaluation", "export"])
 def test_everything_under_way_ends_before_a_learner_is_looked_at(
     monkeypatch: pytest.MonkeyPatch, ask: str
 ) -> None:
-    monkeypatch.setattr("cola.offload.slot.MAX_PENDING", 10)  # the base model need not wait
+    monkeypatch.setattr("cola.offload.worker.MAX_PENDING", 10)  # the base model need not wait
     base = tiny.net()
     learner = tiny.gradient_learner(base, tiny.filled_adapters(base, LOWRANK), offload="cpu")
     done, may_go, accumulate = [], threading.Event(), AdapterFitter.accumulate
@@ -334,13 +378,14 @@ def test_an_adapter_is_not_stepped_on_half_of_its_data(
     fleet.begin_step(fit())
     put(fleet, "first", data())
     fleet.close("first")
-    for number in (1, 2):  # nor by a later fit
-        with fitting_fails("first"):
-            fleet.wait(["first"], number)
-        monkeypatch.undo()
-        fleet.begin_step(fit(number + 1))
-        put(fleet, "first", data())
-        fleet.close("first")
+    with fitting_fails("first"):
+        fleet.wait(["first"], 1)
+    monkeypatch.undo()
+    fleet.begin_step(fit(2))
+    put(fleet, "first", data())
+    fleet.close("first")
+    with fitting_fails("first"):  # nor by a later fit
+        fleet.wait(["first"], 2)
     assert torch.equal(tiny.flat(adapter), before)
 
 
@@ -708,6 +753,25 @@ def test_measuring_neither_waits_for_fits_nor_touches_their_tensors(
     after = learner.measure().held_bytes["cpu"]
     assert after["adapters"] == 2 * held["adapters"]
     assert after["optimizer"] > 2 * held["adapters"]
+    learner.close()
+
+
+def test_memory_that_fitters_share_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters so large that each steps alone: a gradient's memory is used for the next one's."""
+    monkeypatch.setattr("cola.offload.placing.STEPPED_TOGETHER", 0)
+    monkeypatch.setattr("cola.offload.buffers.MIN_BYTES", 1)
+    monkeypatch.setattr("cola.offload.fitter.MIN_BYTES", 1)
+    base = tiny.net(TwinLayers)
+    adapters = tiny.filled_adapters(base, AdapterKind.linear)
+    learner = tiny.gradient_learner(
+        base, adapters, offload="cpu", num_workers=1, mode=MergeMode.merged
+    )
+    tiny.train(learner, tiny.batches(base, 5))
+    learner.export()
+    held = learner.measure().held_bytes["cpu"]
+    assert held["adapters"] == sum(count_bytes(a.parameters()) for a in adapters.values())
+    assert 0 < held["gradients"] <= held["adapters"] / len(adapters) * (MAX_PENDING + 1)
+    assert held["merged"] == held["pristine"] > 0
     learner.close()
 
 

@@ -9,12 +9,22 @@ MIN_BYTES = 1 << 20
 """Smaller tensors come from memory that the process has already."""
 
 
+def is_reused(tensor: Tensor) -> bool:
+    """Whether its memory is used again, here or, if it is pinned, for data that comes."""
+    return tensor.nbytes >= MIN_BYTES and tensor.device.type == "cpu"
+
+
 class Buffers:
-    """Tensors that nobody uses at the moment, by shape and dtype. Threads may share it."""
+    """Tensors that nobody uses at the moment, by shape and dtype. Threads may share it.
+
+    Attributes:
+        peak_bytes: the most that was here at once: all there is of it, whenever nobody uses any.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._free: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+        self._free_bytes = self.peak_bytes = 0
 
     def take(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """A host tensor of any values, to be given back or simply dropped."""
@@ -22,6 +32,7 @@ class Buffers:
             with self._lock:
                 free = self._free.get((shape, dtype))
                 if free:
+                    self._free_bytes -= free[-1].nbytes
                     return free.pop()
         return torch.empty(shape, dtype=dtype)
 
@@ -30,7 +41,8 @@ class Buffers:
 
         Pinned memory is for data that comes; it has an allocator of its own.
         """
-        is_large = tensor.nbytes >= MIN_BYTES and tensor.device.type == "cpu"
-        if is_large and tensor.is_contiguous() and not tensor.is_pinned():
+        if is_reused(tensor) and tensor.is_contiguous() and not tensor.is_pinned():
             with self._lock:
                 self._free.setdefault((tensor.shape, tensor.dtype), []).append(tensor)
+                self._free_bytes += tensor.nbytes
+                self.peak_bytes = max(self.peak_bytes, self._free_bytes)

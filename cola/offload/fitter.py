@@ -17,7 +17,7 @@ from cola.config.choices import ClipMode
 from cola.config.schema import OptimizerConfig
 from cola.meters import count_bytes
 from cola.offload.batch_gradients import Batch, BatchGradients
-from cola.offload.buffers import MIN_BYTES, Buffers
+from cola.offload.buffers import MIN_BYTES, Buffers, is_reused
 from cola.offload.fit import Fit
 from cola.offload.gradient_norms import clip_factors, norms_of, require_finite
 from cola.offload.product_replays import ProductReplays
@@ -234,10 +234,13 @@ class AdapterFitter:
         return [p.grad for p in self._parameters[site].values() if p.grad is not None]
 
     def _note_held(self) -> None:
-        """Bytes by owner: numbers, since others may ask while this worker changes the tensors."""
+        """Bytes by owner: numbers, since others may ask while this worker changes the tensors.
+
+        Large gradients lie in memory that other fitters use, too.
+        """
         state = [value for values in self._optimizer.state.values() for value in values.values()]
         parameters = [p for named in self._parameters.values() for p in named.values()]
-        gradients = [p.grad for p in parameters if p.grad is not None]
+        gradients = [p.grad for p in parameters if p.grad is not None and not is_reused(p.grad)]
         self.held_bytes = {
             "adapters": count_bytes([*parameters, *gradients]),
             "optimizer": count_bytes(value for value in state if isinstance(value, Tensor)),

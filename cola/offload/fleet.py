@@ -17,6 +17,7 @@ from cola.config.choices import ClipMode, Payload
 from cola.config.schema import OptimizerConfig
 from cola.kept_rows import KeptRows
 from cola.meters import add_held
+from cola.offload.buffers import Buffers
 from cola.offload.deliveries import Call, Former
 from cola.offload.fit import Fit
 from cola.offload.local_users import LocalUsers
@@ -46,6 +47,7 @@ class Fleet:
         payloads: Mapping[SiteName, Payload] | None = None,
         formers: Mapping[SiteName, Former] | None = None,
         local: LocalUsers | None = None,
+        buffers: Buffers | None = None,
     ) -> None:
         """Takes over the fitters and publishes version 0.
 
@@ -59,6 +61,7 @@ class Fleet:
             payloads: what leaves the base device, by site; None: factors everywhere.
             formers: of the sites whose gradient can be formed on the base device.
             local: users who fit in processes of their own.
+            buffers: host memory that the fitters share.
         """
         self._slots = [
             Slot(berth, publish, overlaps=overlaps, staleness=staleness) for berth in berths
@@ -74,6 +77,7 @@ class Fleet:
         self._payloads = dict(payloads or dict.fromkeys(self._specs, Payload.factors))
         self._formers = dict(formers or {})
         self._local = local
+        self._buffers = buffers or Buffers()
         self._fit: Fit | None = None
 
     def begin_step(self, fit: Fit | None) -> None:
@@ -204,13 +208,15 @@ class Fleet:
         return sent + returned_bytes if self.overlaps else 0
 
     def held_bytes(self) -> dict[str, dict[str, int]]:
-        """Bytes of adapters, optimizer states and staging (peak), by device."""
+        """Bytes of adapters, optimizer states and, at their peaks, staging and gradients."""
         held: dict[str, dict[str, int]] = {}
         for slot in self._slots:
             for owner, num in slot.fitter.held_bytes.items():
                 add_held(held, slot.fitter.device, owner, num)
         for transfer in self._transfers:
-            add_held(held, transfer.target, "staging", transfer.staged.peak)
+            add_held(held, transfer.target, "staging", transfer.held_bytes)
+        if self._buffers.peak_bytes:
+            add_held(held, torch.device("cpu"), "gradients", self._buffers.peak_bytes)
         return held
 
     def state_dict(self) -> dict[str, Any]:

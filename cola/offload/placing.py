@@ -15,7 +15,7 @@ from cola.config.schema import OffloadConfig
 from cola.errors import ConfigError
 from cola.offload.timing import relative_speeds
 from cola.offload.transfer import Transfer
-from cola.offload.worker import InlineWorker, ThreadWorker, Worker
+from cola.offload.worker import Backlog, InlineWorker, ThreadWorker, Worker
 from cola.sites import SiteName
 from cola.user_adapters import SiteAdapter, num_parameters
 
@@ -46,6 +46,8 @@ class Group:
         blocks: sites that travel together.
         gathers: whether data is counted in when that of all sites has been sent, or block by block.
         worker, transfer: who fits, and how data gets there.
+        backlog: what waits for the worker: on a host of all its groups, whose fits it is busy with;
+            a GPU's worker only issues them.
     """
 
     adapters: dict[SiteName, SiteAdapter]
@@ -53,6 +55,7 @@ class Group:
     gathers: bool
     worker: Worker
     transfer: Transfer
+    backlog: Backlog
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +106,7 @@ class OffloadPlan:
             transfer = Transfer(base, base)
             owned = {site: adapter.to(base, dtype) for site, adapter in adapters.items()}
             inline = InlineWorker(base)
-            return [_group(owned, blocks, inline, transfer)]
+            return [_group(owned, blocks, inline, transfer, Backlog())]
         relative = relative_speeds(list(adapters.values()), self.devices, dtype, self.num_rows)
         places, speeds = [], []
         for device, speed in zip(self.devices, relative, strict=True):
@@ -121,10 +124,12 @@ class OffloadPlan:
                 alone = [[blocks[0]]] if 0 in own else []
                 rest = _joined([(blocks[index], costs[index]) for index in own if index > 0])
                 runs = alone + rest
+            shared = Backlog()
             for run in runs:
                 sites = itertools.chain(*run)
                 owned = {site: adapters[site].to(transfer.target, dtype) for site in sites}
-                groups.append(_group(owned, run, worker, transfer))
+                backlog = Backlog() if transfer.target.type == "cuda" else shared
+                groups.append(_group(owned, run, worker, transfer, backlog))
         return groups
 
     def _workers(self, device: torch.device) -> list[Worker]:
@@ -186,9 +191,16 @@ def _group(
     blocks: Sequence[Sequence[SiteName]],
     worker: Worker,
     transfer: Transfer,
+    backlog: Backlog,
 ) -> Group:
-    on_gpu = transfer.crosses and transfer.target.type == "cuda"
-    return Group(adapters=adapters, blocks=blocks, gathers=on_gpu, worker=worker, transfer=transfer)
+    return Group(
+        adapters=adapters,
+        blocks=blocks,
+        gathers=transfer.ends_on_gpu,
+        worker=worker,
+        transfer=transfer,
+        backlog=backlog,
+    )
 
 
 def _blocks(sites: Sequence[SiteName]) -> list[list[SiteName]]:

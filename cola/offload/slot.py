@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -13,17 +13,13 @@ from cola.offload.deliveries import Call, Former
 from cola.offload.fit import Fit, Fitter
 from cola.offload.outbox import Outbox, named_failures
 from cola.offload.transfer import Transfer
-from cola.offload.worker import Worker
+from cola.offload.worker import Backlog, Worker
 from cola.sites import SiteName
 from cola.user_adapters import SiteAdapter
 
 Published = Mapping[str, Tensor]
 Round = dict[SiteName, Published]
 Publish = Callable[[Mapping[SiteName, SiteAdapter]], Round]
-
-MAX_PENDING = 2
-"""Blocks, of any batch, whose data may wait for their worker before the base model has to: a worker
-that has fallen behind need not wait in turn, and what is staged does not grow with the layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +29,7 @@ class Berth:
     Attributes:
         fitter: owns the adapters.
         worker: runs everything that touches them.
+        backlog: what waits for the worker; on a host of all its fitters.
         transfer: between the base device and the worker's.
         blocks: the fitter's sites, by whose data travels together.
         gathers: whether data is counted in when that of all sites has been sent, or block by block.
@@ -45,6 +42,7 @@ class Berth:
     blocks: Sequence[Sequence[SiteName]]
     gathers: bool = False
     is_first: bool = False
+    backlog: Backlog = field(default_factory=Backlog)
 
 
 Counted = torch.cuda.Event | None
@@ -83,7 +81,7 @@ class Slot:
         """
         self.fitter, self.transfer = berth.fitter, berth.transfer
         self.version = 0
-        self._worker = berth.worker
+        self._worker, self._backlog = berth.worker, berth.backlog
         self._publish = publish
         self._overlaps, self._staleness = overlaps, staleness
         self._gathers = berth.gathers
@@ -121,16 +119,15 @@ class Slot:
     def put(self, call: Call, former: Former | None) -> None:
         """Takes one call of a site; a former makes its gradient before it leaves.
 
-        Waits while data of `MAX_PENDING` blocks is still under way, so that memory stays bounded
-        when fits are slower than the base model.
+        Waits while the worker is far behind, so that memory stays bounded when fits are slower than
+        the base model.
         """
         site = call.spec.name
         if not self._overlaps:  # here already: no wire and no queue
             with named_failures([site]):
                 self.fitter.accumulate([call.receive()])
             return
-        if len(self._pending) >= MAX_PENDING:
-            self._pending[-MAX_PENDING].result()
+        self._backlog.make_room()
         if self._outbox.add(call, former) and not self._gathers:
             self._hand_over()
 
@@ -209,4 +206,6 @@ class Slot:
             sent.count_in(self.fitter)
             return self.transfer.issued()
 
-        self._pending.append(self._worker.submit(run))
+        counted = self._worker.submit(run)
+        self._backlog.add(counted)
+        self._pending.append(counted)

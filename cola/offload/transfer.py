@@ -203,6 +203,11 @@ class Transfer:
             torch.cuda.synchronize(self.target)
 
     @property
+    def held_bytes(self) -> int:
+        """The most that was staged, or memory of the host that is pinned for it."""
+        return max(self.staged.peak, self._staging.num_bytes)
+
+    @property
     def ends_on_gpu(self) -> bool:
         """Whether data goes to a GPU other than the base device, where work has its own order."""
         return self.crosses and self.target.type == "cuda"

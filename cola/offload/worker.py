@@ -4,15 +4,36 @@ A worker is an executor that runs its tasks one after another, in the order of s
 gives each adapter to one worker, so the tasks of one adapter never overtake one another.
 """
 
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from cola.meters import BusyTimer
 
 T = TypeVar("T")
+
+MAX_PENDING = 2
+"""Blocks, of any batch, whose data may wait for their worker before the base model has to: a worker
+that has fallen behind need not wait in turn, and what is staged does not grow with the layers."""
+
+
+class Backlog:
+    """Tasks with data that wait for a worker, whichever adapters they are of."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Future[Any]] = deque()
+
+    def add(self, task: "Future[Any]") -> None:
+        """A task that has been queued; its data is let go when it is done."""
+        self._waiting.append(task)
+
+    def make_room(self) -> None:
+        """Waits until fewer than `MAX_PENDING` are left, and raises what went wrong in them."""
+        while len(self._waiting) >= MAX_PENDING:
+            self._waiting.popleft().result()
 
 
 class Worker(Protocol):
