@@ -42,6 +42,10 @@ class PlannedCohort:
         """Parameters of the stacks, in which smaller ranks are filled up to the largest."""
         return self.num_users * _count(self.adapters)
 
+    def num_stacked_at(self, site: SiteName) -> int:
+        """Of one site."""
+        return self.num_users * sum(p.numel() for p in self.adapters[site].parameters())
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterPlan:
@@ -83,10 +87,11 @@ class AdapterPlan:
 
     def num_parameters(self, site: SiteName) -> int:
         """Of the stacks at one site."""
-        return sum(
-            cohort.num_users * sum(p.numel() for p in cohort.adapters[site].parameters())
-            for cohort in self.cohorts
-        )
+        return sum(cohort.num_stacked_at(site) for cohort in self.cohorts)
+
+    def num_fitted_at(self, site: SiteName) -> int:
+        """Of those stacks at one site that are fitted here."""
+        return sum(cohort.num_stacked_at(site) for cohort in self.cohorts if cohort.optimizer)
 
     def output(self, site: SiteName, x: Tensor) -> Tensor:
         """g(x) of a batch (B, ...) in which every cohort has its users' share of the rows."""
@@ -99,8 +104,16 @@ class AdapterPlan:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def plan_adapters(config: ExperimentConfig, sites: Sites) -> AdapterPlan:
+def plan_adapters(
+    config: ExperimentConfig, sites: Sites, users: Sequence[UserSettings] = ()
+) -> AdapterPlan:
     """The adapters that a configuration means for the sites of a base model.
+
+    Args:
+        config: of the run.
+        sites: to adapt.
+        users: with adapters of their own, as the data has them; none: as far as they are known
+            without.
 
     Raises:
         ConfigError: it does not say how many users there are, or who.
@@ -109,7 +122,7 @@ def plan_adapters(config: ExperimentConfig, sites: Sites) -> AdapterPlan:
         adapters = _build(config.adapter, sites)
         everyone = PlannedCohort(num_users=1, adapters=adapters, optimizer=config.optimizer.name)
         return AdapterPlan(cohorts=[everyone], num_trained=_count(adapters))
-    users = resolve_users(config, _user_names(config))
+    users = users or resolve_users(config, _user_names(config))
     one_of_each = {_shape(user): user for user in users}
     built = {shape: _build(_config_of(user), sites) for shape, user in one_of_each.items()}
     sizes = {shape: _count(adapters) for shape, adapters in built.items()}

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from cola.bench.batches import build_batches, count_tokens
-from cola.bench.limits import check_host_memory, does_not_fit
+from cola.bench.limits import does_not_fit
 from cola.bench.measure import measure
 from cola.bench.results import Results
 from cola.bench.row import BenchRow
@@ -27,6 +27,7 @@ from cola.config.schema import BenchConfig
 from cola.config.validation import validate
 from cola.errors import ColaError
 from cola.experiment import build_problem, check_sites
+from cola.memory_plan import check_host_memory
 from cola.models import build_base_model
 from cola.report.bench_figure import plot_costs
 from cola.report.bench_table import cost_table
@@ -107,7 +108,7 @@ def _measure(row: BenchRow, bench: BenchConfig) -> dict[str, Any]:
     problem = build_problem(config)
     base = build_base_model(config.model, problem, seed=config.seed, device=device)
     check_sites(config, base)
-    check_host_memory(row, base)
+    check_host_memory(config, base, device)
     batches = build_batches(row, base, problem, bench.lengths)
     devices = devices_of(row, base)
     iterations = bench.warmup + 2 * bench.iterations + 1  # as `measure` takes them

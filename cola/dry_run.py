@@ -24,14 +24,21 @@ from cola.config.choices import (
 )
 from cola.config.schema import ExperimentConfig
 from cola.experiment import build_problem, check_sites
+from cola.memory_plan import (
+    FLOAT32_BYTES,
+    add_training,
+    bank_bytes,
+    base_memory,
+    merged_bytes,
+    plan_memory,
+    weight_bytes,
+)
 from cola.meta_trace import kept_bytes
-from cola.meters import MIB, count_bytes
+from cola.meters import MIB
 from cola.models import BaseModel, build_base_model
 from cola.report.text import format_table, print_text
 from cola.sites import SiteName
 from cola.task_data import Problem
-
-FLOAT32_BYTES = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,13 +115,13 @@ def estimate(config: ExperimentConfig) -> DryRun:
         trainable_parameters=base.num_parameters if trains_all else plan.num_trained,
         wire_out_bytes=traffic if offloads else 0,
         wire_back_bytes=_back_bytes(config, base, plan) if offloads else 0,
-        memory_bytes=_memory(config, base, plan, traffic, kept),
+        memory_bytes=plan_memory(config, base, plan, traffic=traffic, kept=kept),
     )
 
 
 def _estimate_peft(config: ExperimentConfig, problem: Problem, base: BaseModel) -> DryRun:
     """The facts of a method that the PEFT library adds to the base model."""
-    weights, base_parameters = _weight_bytes(base), base.num_parameters
+    weights, base_parameters = weight_bytes(base), base.num_parameters
     # The horizon decides when AdaLoRA takes ranks away, not how many it starts with.
     method = build_peft_method(config, base, problem.objective, adaptations=1)
     model = method.model.train().requires_grad_(False)
@@ -122,9 +129,9 @@ def _estimate_peft(config: ExperimentConfig, problem: Problem, base: BaseModel) 
         parameter.requires_grad_(True)
     num_trained = sum(parameter.numel() for parameter in method.trainable.values())
     kept = kept_bytes(config, problem, model, held=list(model.parameters()))
-    memory = _base_memory(config, weights, kept)
+    memory = base_memory(config, weights, kept)
     memory["base"]["adapters"] = num_trained * FLOAT32_BYTES
-    _add_training(memory["base"], num_trained, MOMENTS[config.optimizer.name] * num_trained)
+    add_training(memory["base"], num_trained, MOMENTS[config.optimizer.name] * num_trained)
     return DryRun(
         sites=len(base.sites),
         base_parameters=base_parameters,
@@ -183,62 +190,12 @@ def _trace(
     return sum(traffic), saved
 
 
-def _memory(
-    config: ExperimentConfig, base: BaseModel, plan: AdapterPlan, traffic: int, kept: int
-) -> dict[str, dict[str, int]]:
-    """Bytes by device and owner. Adapters and optimizers are float32, the base its own dtype."""
-    memory = _base_memory(config, _weight_bytes(base), kept)
-    owner = memory["base"]
-    if config.method.name is MethodName.ft:
-        num_moments = MOMENTS[config.optimizer.name] * base.num_parameters
-        _add_training(owner, base.num_parameters, num_moments)
-        return memory
-    if config.method.name is MethodName.cola:
-        merged = config.merge.mode is MergeMode.merged
-        if config.offload.name is not OffloadTarget.none:
-            owner = memory["host"] = {"adaptation data in flight, at most": 2 * traffic}
-            if not merged:
-                memory["base"]["adapters"] = _bank_bytes(base, plan)
-        if merged:
-            keeper = "base" if config.merge.pristine is Pristine.base else "host"
-            memory.setdefault(keeper, {})["pristine weights"] = _merged_bytes(base)
-    owner["adapters"] = plan.num_stacked * FLOAT32_BYTES
-    _add_training(owner, plan.num_fitted, plan.num_moments)
-    return memory
-
-
-def _base_memory(config: ExperimentConfig, weights: int, kept: int) -> dict[str, dict[str, int]]:
-    memory = {"base": {"base model": weights}}
-    keeper = "host" if config.method.activation_offload else "base"
-    memory.setdefault(keeper, {})["kept for the backward pass"] = kept
-    return memory
-
-
-def _add_training(owner: dict[str, int], num_trained: int, num_moments: int) -> None:
-    owner["gradients"] = num_trained * FLOAT32_BYTES
-    owner["optimizer"] = num_moments * FLOAT32_BYTES
-
-
-def _weight_bytes(base: BaseModel) -> int:
-    return count_bytes([*base.module.parameters(), *base.module.buffers()])
-
-
-def _bank_bytes(base: BaseModel, plan: AdapterPlan) -> int:
-    return plan.num_stacked * next(base.module.parameters()).element_size()
-
-
 def _back_bytes(config: ExperimentConfig, base: BaseModel, plan: AdapterPlan) -> int:
     """What an adaptation sends back: parameters, merged weights, or what is added to them."""
     if config.merge.mode is not MergeMode.merged:
-        return _bank_bytes(base, plan)
-    merged = _merged_bytes(base)
+        return bank_bytes(base, plan)
+    merged = merged_bytes(base)
     if config.merge.pristine is Pristine.host:
         return merged
     size = next(base.module.parameters()).element_size()
     return min(plan.num_stacked, merged // size) * FLOAT32_BYTES
-
-
-def _merged_bytes(base: BaseModel) -> int:
-    return count_bytes(
-        base.module.get_submodule(site).get_parameter("weight") for site in base.sites
-    )

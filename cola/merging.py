@@ -11,6 +11,7 @@ adapters, or the delta weight where those would be no smaller, or where there ar
 """
 
 import dataclasses
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -74,9 +75,11 @@ class Merger:
         self._stacks: dict[tuple[SiteName, ...], WeightStack] = {}
         self._unstacked = set(sites)
         self._sites: dict[SiteName, _Site] = {}
+        self._fits_on: dict[SiteName, torch.device] = {}
         for name, spec in sites.items():
             module = base_model.get_submodule(name)
             weight = module.get_parameter("weight")
+            self._fits_on[name] = weight.device if homes is None else homes[name]
             home = torch.device("cpu") if homes is None else homes[name]
             keep = weight.device if self._adds_on_base else home
             bias = getattr(module, "bias", None)
@@ -93,12 +96,13 @@ class Merger:
     @property
     def held_bytes(self) -> dict[torch.device, dict[str, int]]:
         """By device: the weights as they were found, and merged ones until the base has them."""
-        pristine: dict[torch.device, int] = {}
-        for site in self._sites.values():
+        held: defaultdict[torch.device, dict[str, int]] = defaultdict(Counter)
+        for name, site in self._sites.items():
             num = site.weight.nbytes + (0 if site.bias is None else site.bias.nbytes)
-            pristine[site.weight.device] = pristine.get(site.weight.device, 0) + num
-        owners = ["pristine"] if self._adds_on_base else ["pristine", "merged"]
-        return {device: dict.fromkeys(owners, num) for device, num in pristine.items()}
+            held[site.weight.device]["pristine"] += num
+            if not self._adds_on_base:
+                held[self._fits_on[name]]["merged"] += num
+        return dict(held)
 
     @property
     def lost_share(self) -> dict[SiteName, Tensor]:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cola import benchmark
+from cola import benchmark, memory_plan
+from cola.adapter_plan import plan_adapters
 from cola.bench import limits, measure
 from cola.bench.batches import build_batches, count_tokens, row_lengths
 from cola.bench.results import add_ratios
@@ -17,9 +18,9 @@ from cola.bench.row import BenchRow
 from cola.bench.rows import select_rows
 from cola.bench.subjects import build_subject
 from cola.cli import bench
-from cola.config.choices import Objective, RowLengths
+from cola.config.choices import Objective, OffloadTarget, RowLengths
 from cola.config.schema import BenchConfig
-from cola.errors import OffloadError, SiteError
+from cola.errors import ConfigError, OffloadError, SiteError
 from cola.experiment import build_problem
 from cola.models import BaseModel, build_base_model
 from cola.report.bench_figure import draw_costs, plot_costs
@@ -150,10 +151,29 @@ def test_memory_that_is_gone_is_found_below_what_a_worker_raises():
 def test_adapters_larger_than_the_hosts_memory_are_refused(monkeypatch):
     rows = rows_of(*TINY, *QUICK)
     base, _ = build(rows["cola-mlp-unmerged-cpu"])
-    monkeypatch.setattr(limits, "free_host_bytes", lambda: 10_000)
-    limits.check_host_memory(rows["lora"], base)
-    with pytest.raises(MemoryError, match="GiB of host memory for adapters, gradients"):
-        limits.check_host_memory(rows["cola-mlp-unmerged-cpu"], base)
+    monkeypatch.setattr(memory_plan, "free_host_bytes", lambda: 10_000)
+    cpu = torch.device("cpu")
+    memory_plan.check_host_memory(rows["lora"].config, base, cpu)
+    with pytest.raises(MemoryError, match="GiB of host memory for adapters, gradients") as refused:
+        memory_plan.check_host_memory(rows["cola-mlp-unmerged-cpu"].config, base, cpu)
+    assert limits.does_not_fit(refused.value)
+
+
+def test_what_the_base_model_leaves_is_free_and_what_another_gpu_holds_does_not_count(monkeypatch):
+    row = rows_of(*TINY, *QUICK)["cola-linear-merged-cpu"]
+    base, _ = build(row)
+    gpu = torch.device("cuda", 0)
+    memory = memory_plan.plan_memory(row.config, base, plan_adapters(row.config, base.sites))
+    needed = sum(memory["host"].values())
+    free = needed - memory_plan.weight_bytes(base)
+    monkeypatch.setattr(memory_plan, "free_host_bytes", lambda: free)
+    memory_plan.check_host_memory(row.config, base, gpu)
+    monkeypatch.setattr(memory_plan, "free_host_bytes", lambda: free - 1)
+    with pytest.raises(ConfigError, match=r"use a smaller adapter, .* or offload=gpu$"):
+        memory_plan.check_host_memory(row.config, base, gpu)
+    elsewhere = dataclasses.replace(row.config.offload, name=OffloadTarget.gpu)
+    monkeypatch.setattr(memory_plan, "free_host_bytes", lambda: 0)
+    memory_plan.check_host_memory(dataclasses.replace(row.config, offload=elsewhere), base, gpu)
 
 
 @pytest.mark.parametrize("label", ["floor", "lora", "cola-linear-merged-cpu"])

@@ -227,9 +227,28 @@ def test_memory_of_pristine_weights_lies_where_they_are_kept():
     merged = ("task=synthetic", "offload=cpu", "merge=merged")
     weights = (4 * 64 * 64 + 64 * 64 + 64 * 2) * 4
     assert facts(*merged).memory_bytes["host"]["pristine weights"] == weights
+    assert facts(*merged).memory_bytes["host"]["merged weights"] == weights
     on_base = facts(*merged, "merge.pristine=base").memory_bytes
     assert on_base["base"]["pristine weights"] == weights
-    assert "pristine weights" not in on_base["host"]
+    assert not {"pristine weights", "merged weights"} & on_base["host"].keys()
+    stays = facts("task=synthetic", "merge=merged").memory_bytes
+    assert stays["base"]["merged weights"] == stays["host"]["pristine weights"] == weights
+
+
+def test_gradients_of_large_adapters_are_there_as_long_as_they_are_fitted(monkeypatch, sized):
+    """Two threads that have three blocks each: the largest are of gate, up and down."""
+    monkeypatch.setattr("torch.get_num_threads", lambda: 4)
+    large = ("task=synthetic", "model=llama-2-7b", "model.sites=[all]", "adapter=linear",
+             "merge=merged")  # fmt: skip
+    block = 3 * 4096 * 11008 * 4
+    host = sized(*large, "offload=cpu").memory_bytes["host"]
+    assert host["gradients"] == 2 * 3 * block
+    assert host["optimizer"] == 2 * host["adapters"] > 15 * host["gradients"]
+    for everything in ("trainer.interval=2", "optimizer.clip=global"):
+        host = sized(*large, "offload=cpu", everything).memory_bytes["host"]
+        assert host["gradients"] == host["adapters"]
+    small = sized("task=synthetic", "model=llama-2-7b", "offload=cpu").memory_bytes["host"]
+    assert small["gradients"] == small["adapters"]
 
 
 def test_memory_of_baselines_is_on_the_base_device():

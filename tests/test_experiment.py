@@ -104,6 +104,14 @@ def test_metrics_name_their_units(full):
     assert rows == {METRIC_KEYS, frozenset({"step"} | selection | users)}
 
 
+def test_adapters_that_the_host_cannot_hold_leave_no_trace(tmp_path, monkeypatch):
+    monkeypatch.setattr("cola.memory_plan.free_host_bytes", lambda: 10_000)
+    with pytest.raises(ConfigError, match="GiB of host memory for adapters"):
+        run(tmp_path, *SYNTHETIC, "offload=cpu")
+    assert not list(tmp_path.iterdir())
+    assert run(tmp_path, *SYNTHETIC, "method=lora", "trainer.max_steps=1").summary["steps"] == 1
+
+
 def test_metrics_say_what_rounding_lost_in_bfloat16(tmp_path):
     done = run(tmp_path, *SYNTHETIC, "model.dtype=bfloat16", "merge=merged", "trainer.max_steps=2",
                "trainer.log_every=1")  # fmt: skip

@@ -101,7 +101,7 @@ class OffloadPlan:
             base: device of the base model.
             dtype: of parameters and optimizer states.
         """
-        blocks = _blocks(list(adapters))
+        blocks = blocks_of(list(adapters))
         if not self.overlaps:
             transfer = Transfer(base, base)
             owned = {site: adapter.to(base, dtype) for site, adapter in adapters.items()}
@@ -135,8 +135,7 @@ class OffloadPlan:
     def _workers(self, device: torch.device) -> list[Worker]:
         if device.type == "cuda":
             return [ThreadWorker(f"offload-{device}", device, num_threads=1)]
-        cores = torch.get_num_threads()
-        num = self.workers or max(1, cores // CORES_PER_WORKER)
+        cores, num = torch.get_num_threads(), num_host_threads(self.workers)
         threads = max(cores // num, min(cores, CORES_PER_FIT))
         return [ThreadWorker(f"offload-{i}", device, num_threads=threads) for i in range(num)]
 
@@ -163,6 +162,11 @@ def resolve_offload(config: OffloadConfig, base: torch.device, *, num_rows: int)
         base_gradients=config.base_gradients,
         num_rows=num_rows,
     )
+
+
+def num_host_threads(workers: int | None) -> int:
+    """Threads that fit on this host; `offload.workers`, if it is given."""
+    return workers or max(1, torch.get_num_threads() // CORES_PER_WORKER)
 
 
 def _gpus(names: Sequence[str] | None, base: torch.device) -> tuple[torch.device, ...]:
@@ -203,7 +207,7 @@ def _group(
     )
 
 
-def _blocks(sites: Sequence[SiteName]) -> list[list[SiteName]]:
+def blocks_of(sites: Sequence[SiteName]) -> list[list[SiteName]]:
     """Neighbouring sites of one parent module; sites of the root stand alone."""
     named = ((site.rpartition(".")[0] or site, site) for site in sites)
     grouped = itertools.groupby(named, key=lambda pair: pair[0])

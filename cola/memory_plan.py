@@ -1,0 +1,152 @@
+"""What a run holds on each device, by owner, told from shapes alone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import torch
+
+from cola.adapter_plan import MOMENTS, AdapterPlan, plan_adapters
+from cola.config.choices import ClipMode, MergeMode, MethodName, OffloadTarget, Pristine
+from cola.config.schema import ExperimentConfig
+from cola.config.user_settings import UserSettings
+from cola.errors import HostMemoryError
+from cola.meters import count_bytes
+from cola.models import BaseModel
+from cola.offload.placing import STEPPED_TOGETHER, blocks_of, num_host_threads
+from cola.offload.worker import MAX_PENDING
+
+FLOAT32_BYTES = 4
+GIB = 2**30
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+Memory = dict[str, dict[str, int]]
+"""Bytes by device, `base` or `host` (where adapters are offloaded to), and by owner."""
+
+
+def plan_memory(
+    config: ExperimentConfig, base: BaseModel, plan: AdapterPlan, *, traffic: int = 0, kept: int = 0
+) -> Memory:
+    """Memory of gradient learning, LoRA and full fine-tuning, without buffers of kernels.
+
+    Adapters and optimizers are float32, the base model has its own dtype.
+
+    Args:
+        config: of the run.
+        base: with weights, or on the meta device.
+        plan: its adapters.
+        traffic: bytes that leave the base device in a step.
+        kept: bytes that are kept for the backward pass.
+    """
+    memory = base_memory(config, weight_bytes(base), kept)
+    owner = memory["base"]
+    if config.method.name is MethodName.ft:
+        num_moments = MOMENTS[config.optimizer.name] * base.num_parameters
+        add_training(owner, base.num_parameters, num_moments)
+        return memory
+    num_gradients = plan.num_fitted
+    if config.method.name is MethodName.cola:
+        merged = config.merge.mode is MergeMode.merged
+        if config.offload.name is not OffloadTarget.none:
+            owner = memory["host"] = {"adaptation data in flight, at most": 2 * traffic}
+            num_gradients = _num_gradients(config, base, plan)
+            if not merged:
+                memory["base"]["adapters"] = bank_bytes(base, plan)
+        if merged and config.merge.pristine is Pristine.base:
+            memory["base"]["pristine weights"] = merged_bytes(base)
+        elif merged:
+            memory.setdefault("host", {})["pristine weights"] = merged_bytes(base)
+            owner["merged weights"] = merged_bytes(base)  # until the base model has them
+    owner["adapters"] = plan.num_stacked * FLOAT32_BYTES
+    add_training(owner, num_gradients, plan.num_moments)
+    return memory
+
+
+def check_host_memory(
+    config: ExperimentConfig,
+    base: BaseModel,
+    device: torch.device,
+    *,
+    users: Sequence[UserSettings] = (),
+) -> None:
+    """Refuses adapters that exceed the host's memory: Linux would end the process, after a while.
+
+    Args:
+        config: of a run of gradient learning; others have nothing on the host.
+        base: still on the host, or on its device.
+        device: that.
+        users: with adapters of their own, as the data has them.
+
+    Raises:
+        HostMemoryError: adapters, gradients and optimizer states, with weights, are too large.
+    """
+    if config.method.name is not MethodName.cola:
+        return
+    memory = plan_memory(config, base, plan_adapters(config, base.sites, users))
+    owners = {} if config.offload.name is OffloadTarget.gpu else memory.get("host", {})
+    needed, free = sum(owners.values()), free_host_bytes()
+    if device.type == "cpu":
+        needed += sum(memory["base"].values()) - weight_bytes(base)
+    elif next(base.module.parameters()).device.type == "cpu":
+        free += weight_bytes(base)  # about to leave
+    if needed > free:
+        raise HostMemoryError(
+            f"{needed / GIB:.0f} GiB of host memory for adapters, gradients, optimizer states and "
+            f"weights to merge; {free / GIB:.0f} GiB are free: use a smaller adapter, as "
+            "adapter=lowrank, fewer model.sites, or offload=gpu"
+        )
+
+
+def free_host_bytes() -> int:
+    """Memory that this process may still take, of the machine or of its container."""
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit = (_CGROUP / "memory.max").read_text(encoding="ascii").strip()
+        used = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
+    except OSError:  # no container, or an older kind
+        return free
+    return free if limit == "max" else min(free, int(limit) - used)
+
+
+def base_memory(config: ExperimentConfig, weights: int, kept: int) -> Memory:
+    """The base model and what is kept for its backward pass."""
+    memory = {"base": {"base model": weights}}
+    keeper = "host" if config.method.activation_offload else "base"
+    memory.setdefault(keeper, {})["kept for the backward pass"] = kept
+    return memory
+
+
+def add_training(owner: dict[str, int], num_gradients: int, num_moments: int) -> None:
+    """Adds gradients and optimizer states."""
+    owner["gradients"] = num_gradients * FLOAT32_BYTES
+    owner["optimizer"] = num_moments * FLOAT32_BYTES
+
+
+def weight_bytes(base: BaseModel) -> int:
+    """Of parameters and buffers."""
+    return count_bytes([*base.module.parameters(), *base.module.buffers()])
+
+
+def bank_bytes(base: BaseModel, plan: AdapterPlan) -> int:
+    """Of the adapters beside their sites."""
+    return plan.num_stacked * next(base.module.parameters()).element_size()
+
+
+def merged_bytes(base: BaseModel) -> int:
+    """Of the weights that adapters are merged into."""
+    return count_bytes(
+        base.module.get_submodule(site).get_parameter("weight") for site in base.sites
+    )
+
+
+def _num_gradients(config: ExperimentConfig, base: BaseModel, plan: AdapterPlan) -> int:
+    """Values of gradients at a time; on a host large adapters step one by one, as data comes."""
+    on_host = config.offload.name is OffloadTarget.cpu
+    at_once = config.trainer.interval > 1 or config.optimizer.clip is ClipMode["global"]
+    if at_once or not on_host:
+        return plan.num_fitted
+    sizes = [sum(map(plan.num_fitted_at, block)) for block in blocks_of(list(base.sites))]
+    large = [size for size in sizes if size > STEPPED_TOGETHER]
+    in_turn = num_host_threads(config.offload.workers) * (MAX_PENDING + 1)
+    return plan.num_fitted - sum(large) + min(sum(large), in_turn * max(large, default=0))
