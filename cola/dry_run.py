@@ -5,6 +5,7 @@ bytes on the wire and tensors saved for the backward pass are those of the real 
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -26,6 +27,7 @@ from cola.config.schema import ExperimentConfig
 from cola.experiment import build_problem, check_sites
 from cola.memory_plan import (
     FLOAT32_BYTES,
+    Traffic,
     add_training,
     bank_bytes,
     base_memory,
@@ -113,7 +115,7 @@ def estimate(config: ExperimentConfig) -> DryRun:
         base_parameters=base.num_parameters,
         users=plan.num_users,
         trainable_parameters=base.num_parameters if trains_all else plan.num_trained,
-        wire_out_bytes=traffic if offloads else 0,
+        wire_out_bytes=traffic.total if offloads else 0,
         wire_back_bytes=_back_bytes(config, base, plan) if offloads else 0,
         memory_bytes=plan_memory(config, base, plan, traffic=traffic, kept=kept),
     )
@@ -145,19 +147,20 @@ def _estimate_peft(config: ExperimentConfig, problem: Problem, base: BaseModel) 
 
 def _trace(
     config: ExperimentConfig, problem: Problem, base: BaseModel, plan: AdapterPlan
-) -> tuple[int, int]:
+) -> tuple[Traffic, int]:
     """Runs one training batch forward on the meta device.
 
     Returns:
-        Bytes of what is sent over all sites (hidden inputs, each once, and hidden gradients, before
-        rows of padding are left out; or adapters' gradients); and bytes kept for the backward pass.
+        What is sent (hidden inputs, each once, and hidden gradients, before rows of padding are
+        left out; or adapters' gradients); and bytes kept for the backward pass.
     """
     method, offload = config.method.name, config.offload
     forms = offload.payload is Payload.gradient
     stays = offload.name is OffloadTarget.none or forms
     rounds = offload.wire_dtype is WireDType.bfloat16
     model = base.module.train().requires_grad_(method is MethodName.ft)
-    traffic: list[int] = []
+    inputs: Counter[SiteName] = Counter()
+    others: Counter[SiteName] = Counter()
     sent: list[Tensor] = []
     kept: list[Tensor] = []
     # Makes the frozen model's hidden representations part of the graph, as the taps do.
@@ -167,12 +170,12 @@ def _trace(
         # Both in the type that the site computes in; autocast is bfloat16, and unknown to meta.
         size = 2 if config.model.autocast or rounds else hidden.element_size()
         if forms:
-            traffic.append(plan.num_parameters(site) * (2 if rounds else FLOAT32_BYTES))
+            others[site] += plan.num_parameters(site) * (2 if rounds else FLOAT32_BYTES)
         else:
-            traffic.append(hidden.numel() * size)
+            others[site] += hidden.numel() * size
             if not any(args[0] is other for other in sent):
                 sent.append(args[0])
-                traffic.append(args[0].numel() * size)
+                inputs[site] += args[0].numel() * size
         if method is MethodName.cola and stays:
             kept.append(args[0])  # until its gradient arrives
         if method is MethodName.cola and config.merge.mode is not MergeMode.unmerged:
@@ -185,9 +188,9 @@ def _trace(
     for parameter in plan.parameters():
         parameter.requires_grad_(method is MethodName.lora)
     weights = [*model.parameters(), *plan.parameters()]
-    # The adapters' calls fill `kept` and `traffic`.
+    # The adapters' calls fill `kept` and what is sent.
     saved = kept_bytes(config, problem, model, held=weights, also=kept)
-    return sum(traffic), saved
+    return Traffic(inputs, others), saved
 
 
 def _back_bytes(config: ExperimentConfig, base: BaseModel, plan: AdapterPlan) -> int:

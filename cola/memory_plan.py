@@ -1,6 +1,7 @@
 """What a run holds on each device, by owner, told from shapes alone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -15,6 +16,7 @@ from cola.meters import count_bytes
 from cola.models import BaseModel
 from cola.offload.placing import STEPPED_TOGETHER, blocks_of, num_host_threads
 from cola.offload.worker import MAX_PENDING
+from cola.sites import SiteName
 
 FLOAT32_BYTES = 4
 GIB = 2**30
@@ -25,8 +27,38 @@ Memory = dict[str, dict[str, int]]
 """Bytes by device, `base` or `host` (where adapters are offloaded to), and by owner."""
 
 
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that leave the base device in a step, by the site that sends them.
+
+    Attributes:
+        inputs: hidden inputs, each once, in the forward pass.
+        others: hidden gradients, or adapters' gradients, in the backward pass.
+    """
+
+    inputs: Mapping[SiteName, int] = field(default_factory=dict)
+    others: Mapping[SiteName, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Of all sites."""
+        return sum(self.inputs.values()) + sum(self.others.values())
+
+    def of(self, block: Sequence[SiteName]) -> int:
+        """Of some sites."""
+        return sum(sent.get(site, 0) for site in block for sent in (self.inputs, self.others))
+
+
+NO_TRAFFIC = Traffic()
+
+
 def plan_memory(
-    config: ExperimentConfig, base: BaseModel, plan: AdapterPlan, *, traffic: int = 0, kept: int = 0
+    config: ExperimentConfig,
+    base: BaseModel,
+    plan: AdapterPlan,
+    *,
+    traffic: Traffic = NO_TRAFFIC,
+    kept: int = 0,
 ) -> Memory:
     """Memory of gradient learning, LoRA and full fine-tuning, without buffers of kernels.
 
@@ -36,7 +68,7 @@ def plan_memory(
         config: of the run.
         base: with weights, or on the meta device.
         plan: its adapters.
-        traffic: bytes that leave the base device in a step.
+        traffic: what leaves the base device in a step.
         kept: bytes that are kept for the backward pass.
     """
     memory = base_memory(config, weight_bytes(base), kept)
@@ -49,7 +81,8 @@ def plan_memory(
     if config.method.name is MethodName.cola:
         merged = config.merge.mode is MergeMode.merged
         if config.offload.name is not OffloadTarget.none:
-            owner = memory["host"] = {"adaptation data in flight, at most": 2 * traffic}
+            in_flight = _in_flight(config, base, traffic)
+            owner = memory["host"] = {"adaptation data in flight, at most": in_flight}
             num_gradients = _num_gradients(config, base, plan)
             if not merged:
                 memory["base"]["adapters"] = bank_bytes(base, plan)
@@ -104,9 +137,15 @@ def free_host_bytes() -> int:
     try:
         limit = (_CGROUP / "memory.max").read_text(encoding="ascii").strip()
         used = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
+        lines = (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()
     except OSError:  # no container, or an older kind
         return free
-    return free if limit == "max" else min(free, int(limit) - used)
+    if limit == "max":
+        return free
+    counts = dict(line.split() for line in lines)
+    # Files that were read count as used, and go as soon as memory is asked for.
+    files = sum(int(counts.get(name, 0)) for name in ("active_file", "inactive_file"))
+    return min(free, int(limit) - used + files)
 
 
 def base_memory(config: ExperimentConfig, weights: int, kept: int) -> Memory:
@@ -140,13 +179,30 @@ def merged_bytes(base: BaseModel) -> int:
     )
 
 
+def _in_flight(config: ExperimentConfig, base: BaseModel, traffic: Traffic) -> int:
+    """Bytes of what has left and is not counted in: of two steps, or of what a host's workers have.
+
+    All inputs of a batch leave before its first gradient; of the one before it only those blocks
+    are left whose fits the base model need not wait for.
+    """
+    if config.offload.name is not OffloadTarget.cpu:
+        return 2 * traffic.total
+    waiting = _num_in_turn(config) * max(map(traffic.of, blocks_of(list(base.sites))), default=0)
+    return min(2 * traffic.total, sum(traffic.inputs.values()) + waiting)
+
+
+def _num_in_turn(config: ExperimentConfig) -> int:
+    """Blocks that a host's workers have: those that wait and one that is fitted, each."""
+    return num_host_threads(config.offload.workers) * (MAX_PENDING + 1)
+
+
 def _num_gradients(config: ExperimentConfig, base: BaseModel, plan: AdapterPlan) -> int:
     """Values of gradients at a time; on a host large adapters step one by one, as data comes."""
     on_host = config.offload.name is OffloadTarget.cpu
-    at_once = config.trainer.interval > 1 or config.optimizer.clip is ClipMode["global"]
-    if at_once or not on_host:
+    together = config.trainer.interval > 1 or config.optimizer.clip is ClipMode["global"]
+    if together or not on_host:
         return plan.num_fitted
     sizes = [sum(map(plan.num_fitted_at, block)) for block in blocks_of(list(base.sites))]
     large = [size for size in sizes if size > STEPPED_TOGETHER]
-    in_turn = num_host_threads(config.offload.workers) * (MAX_PENDING + 1)
-    return plan.num_fitted - sum(large) + min(sum(large), in_turn * max(large, default=0))
+    at_once = _num_in_turn(config) * max(large, default=0)
+    return plan.num_fitted - sum(large) + min(sum(large), at_once)

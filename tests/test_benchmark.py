@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -174,6 +175,18 @@ def test_what_the_base_model_leaves_is_free_and_what_another_gpu_holds_does_not_
     elsewhere = dataclasses.replace(row.config.offload, name=OffloadTarget.gpu)
     monkeypatch.setattr(memory_plan, "free_host_bytes", lambda: 0)
     memory_plan.check_host_memory(dataclasses.replace(row.config, offload=elsewhere), base, gpu)
+
+
+def test_files_that_a_container_has_read_are_free(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory_plan, "_CGROUP", tmp_path)
+    available = psutil.virtual_memory()._replace(available=10**6)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: available)
+    assert memory_plan.free_host_bytes() == 10**6
+    (tmp_path / "memory.current").write_text("5000\n")
+    (tmp_path / "memory.stat").write_text("anon 1000\nactive_file 300\ninactive_file 20\n")
+    for limit, free in (("max", 10**6), ("6000", 1320), ("2000000", 10**6)):
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        assert memory_plan.free_host_bytes() == free
 
 
 @pytest.mark.parametrize("label", ["floor", "lora", "cola-linear-merged-cpu"])

@@ -9,6 +9,7 @@ import pytest
 from cola.config.choices import AdapterKind
 from cola.dry_run import DryRun, estimate, print_dry_run
 from cola.errors import ConfigError
+from cola.memory_plan import Traffic
 from tests.configs import composed
 from tests.runs import run
 
@@ -52,7 +53,7 @@ WRITER_COUNTS = {
 
 @pytest.mark.parametrize("overrides", WRITER_COUNTS, ids=" ".join)
 def test_counts_of_models_that_write(monkeypatch, overrides):
-    monkeypatch.setattr("cola.dry_run._trace", lambda *_: (0, 0))  # 224 sites take a second
+    monkeypatch.setattr("cola.dry_run._trace", lambda *_: (Traffic(), 0))  # 224 sites take a second
     sites, counts = WRITER_COUNTS[overrides]
     config = composed("task=synthetic", f"model={overrides[0]}", *overrides[1:]).config
     for kind, trainable in zip(("lowrank", "linear", "mlp"), counts, strict=True):
@@ -235,6 +236,22 @@ def test_memory_of_pristine_weights_lies_where_they_are_kept():
     assert stays["base"]["merged weights"] == stays["host"]["pristine weights"] == weights
 
 
+def test_data_in_flight_is_what_the_workers_of_a_host_have():
+    """All inputs of a batch, and three blocks of a thread; or two steps, where that is less."""
+    common = ("task=synthetic", "model=gpt2", "offload=cpu")
+    rows = 32 * 32 * 4  # batch, tokens, bytes
+    name = "adaptation data in flight, at most"
+    one, two, many = (
+        facts(*common, f"offload.workers={num}").memory_bytes["host"][name] for num in (1, 2, 9)
+    )
+    inputs, block = (
+        12 * 768 * rows,
+        4 * 768 * rows,
+    )  # c_attn: an input, three times as wide an answer
+    assert (one, two) == (inputs + 3 * block, inputs + 6 * block)
+    assert many == 2 * 12 * block
+
+
 def test_gradients_of_large_adapters_are_there_as_long_as_they_are_fitted(monkeypatch, sized):
     """Two threads that have three blocks each: the largest are of gate, up and down."""
     monkeypatch.setattr("torch.get_num_threads", lambda: 4)
@@ -275,7 +292,7 @@ ALONE = ("task=synthetic", "users=alone", "offload=cpu")
 @pytest.fixture
 def sized(monkeypatch):
     """Facts without those of a forward pass, which takes most of the time."""
-    monkeypatch.setattr("cola.dry_run._trace", lambda *_: (0, 0))
+    monkeypatch.setattr("cola.dry_run._trace", lambda *_: (Traffic(), 0))
     return lambda *overrides: estimate(composed("dry_run=true", *overrides).config)
 
 
