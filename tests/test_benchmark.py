@@ -173,7 +173,7 @@ def test_what_the_base_model_leaves_is_free_and_what_another_gpu_holds_does_not_
     with pytest.raises(ConfigError, match=r"use a smaller adapter, .* or offload=gpu$"):
         memory_plan.check_host_memory(row.config, base, gpu)
     elsewhere = dataclasses.replace(row.config.offload, name=OffloadTarget.gpu)
-    monkeypatch.setattr(memory_plan, "free_host_bytes", lambda: 0)
+    monkeypatch.setattr(memory_plan, "free_host_bytes", lambda: -memory_plan.weight_bytes(base))
     memory_plan.check_host_memory(dataclasses.replace(row.config, offload=elsewhere), base, gpu)
 
 

@@ -292,6 +292,9 @@ def test_weights_that_a_gpu_merges_from_are_pinned(fits_on_host: bool) -> None:
     homes = dict.fromkeys(tiny.specs(base), torch.device("cpu")) if fits_on_host else None
     merger = Merger(base, tiny.specs(base), scale=1.0, homes=homes)
     assert {s.weight.is_pinned() for s in merger._sites.values()} == {not fits_on_host}
+    assert merger.held_bytes[torch.device("cpu")]["pristine"] > 0
+    with_merged = {device.type for device, owners in merger.held_bytes.items() if owners["merged"]}
+    assert with_merged == {"cpu" if fits_on_host else "cuda"}
 
 
 def test_weights_merged_by_one_product_are_rounded_once() -> None:

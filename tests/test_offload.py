@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cola.adaptation_data import AdaptationData
 from cola.adapters import Adapter
 from cola.checkpoint import load_state, save_state
-from cola.config.choices import AdapterKind, MergeMode, Objective
+from cola.config.choices import AdapterKind, MergeMode, Objective, Pristine
 from cola.config.schema import OptimizerConfig
 from cola.errors import OffloadError
 from cola.gradient_learner import GradientLearner
@@ -773,6 +773,11 @@ def test_memory_that_fitters_share_is_counted_once(monkeypatch: pytest.MonkeyPat
     assert 0 < held["gradients"] <= held["adapters"] / len(adapters) * (MAX_PENDING + 1)
     assert held["merged"] == held["pristine"] > 0
     learner.close()
+    on_base = tiny.gradient_learner(base, adapters, mode=MergeMode.merged, pristine=Pristine.base)
+    held = on_base.measure().held_bytes["cpu"]
+    assert held["pristine"] > 0
+    assert "merged" not in held
+    on_base.close()
 
 
 def test_measuring_while_fits_run_does_not_crash() -> None:

@@ -65,6 +65,7 @@ def test_sizes_are_kept_apart() -> None:
     for num in (64, 65, 128, 129, 1, 0, 64):
         staging.take(numbers(num))
     assert host.pinned == [64, 128, 256, 1]
+    assert staging.num_bytes == sum(host.pinned)
 
 
 def test_other_threads_give_memory_back() -> None:

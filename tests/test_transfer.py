@@ -266,6 +266,7 @@ def test_memory_of_a_hidden_input_that_left_is_free(wires: list[LaggingTransfer]
     learner.state_dict()
     staged = wires[0].staged
     assert staged.now == 0 < staged.peak <= staged.total
+    assert wires[0].held_bytes > staged.peak, "its memory comes in powers of two"
     learner.close()
 
 
