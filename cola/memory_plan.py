@@ -125,8 +125,8 @@ def check_host_memory(
         free += weight_bytes(base)  # about to leave
     if needed > free:
         raise HostMemoryError(
-            f"{needed / GIB:.0f} GiB of host memory for adapters, gradients, optimizer states and "
-            f"weights to merge; {free / GIB:.0f} GiB are free: use a smaller adapter, as "
+            f"{needed / GIB:.1f} GiB of host memory for adapters, gradients, optimizer states and "
+            f"weights to merge; {free / GIB:.1f} GiB are free: use a smaller adapter, as "
             "adapter=lowrank, fewer model.sites, or offload=gpu"
         )
 

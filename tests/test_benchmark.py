@@ -160,6 +160,16 @@ def test_adapters_larger_than_the_hosts_memory_are_refused(monkeypatch):
     assert limits.does_not_fit(refused.value)
 
 
+def test_only_rows_with_adapters_on_the_host_can_be_too_large_for_it(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(memory_plan, "free_host_bytes", lambda: 10_000)
+    assert bench.run_bench([*TINY, *QUICK, "bench.rows=[floor,lora,cola-mlp-unmerged-cpu]"]) == 0
+    rows = results_of(Path("outputs/bench/table10"))
+    assert rows["floor"]["seconds"] > 0
+    assert rows["lora"]["seconds"] > 0
+    assert "GiB of host memory" in rows["cola-mlp-unmerged-cpu"]["does_not_fit"]
+
+
 def test_what_the_base_model_leaves_is_free_and_what_another_gpu_holds_does_not_count(monkeypatch):
     row = rows_of(*TINY, *QUICK)["cola-linear-merged-cpu"]
     base, _ = build(row)
