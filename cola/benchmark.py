@@ -139,7 +139,7 @@ def memory_columns(row: BenchRow, found: dict[str, Any], base_device: str) -> di
 
     Base: the peak that was allocated on the base device; on a CPU, which has no allocator to ask,
     what its owners hold, without activations. Offload: what adapters, gradients, optimizer states,
-    pristine weights and staging hold where they are fitted; on a GPU of their own, its peak.
+    staging and weights to merge hold where adapters are fitted; on a GPU of their own, its peak.
     """
     peaks = found["peak_allocated_mib"]
     held = {device: sum(owners.values()) for device, owners in found["held_mib"].items()}

@@ -20,10 +20,10 @@ brackets the shortest and the longest.
 Base, fit and stall: the base device's busy time in forward and backward, the fit of one adapter,
 and the share of the time in which the base device's host waited for parameters. Base memory is the
 peak that was allocated on the base device [reserved]; on a CPU it is what weights and optimizer
-hold, without activations. Offload memory is what adapters, gradients, optimizer states and staging
-hold where they are fitted. Tokens are without padding. Ratios are time / base memory; ~ marks a
-reference of another call. In parentheses: the paper's value, on its machine; > marks a lower bound,
-? a cell that is hard to read. Rows in italics are not the paper's."""
+hold, without activations. Offload memory is what adapters, gradients, optimizer states, staging
+and weights to merge hold where adapters are fitted. Tokens are without padding. Ratios are time /
+base memory; ~ marks a reference of another call. In parentheses: the paper's value, on its machine;
+> marks a lower bound, ? a cell that is hard to read. Rows in italics are not the paper's."""
 
 _HEADER = (
     "row",
