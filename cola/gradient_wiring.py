@@ -150,6 +150,7 @@ def _payloads(
         payload=plan.payload,
         base=weight.device,
         dtype=weight.dtype,
+        wire=plan.wire_dtype,
         num_rows=plan.num_rows,
         eligible=may_form(merged, plan.base_gradients),
     )

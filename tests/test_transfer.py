@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cola.adapters import Adapter
+from cola.adapters import Adapter, build_adapter
 from cola.autograd_learner import AutogradLearner
 from cola.config.choices import AdapterKind, MergeMode, Payload
+from cola.config.schema import AdapterConfig
 from cola.errors import OffloadError, SiteError
 from cola.gradient_learner import GradientLearner
 from cola.gradient_wiring import build_gradient_learner
@@ -20,6 +21,7 @@ from cola.offload import fitter, placing
 from cola.offload.buffers import Buffers
 from cola.offload.fit import Fit
 from cola.offload.fitter import AdapterFitter
+from cola.offload.payload import choose_payloads
 from cola.offload.placing import OffloadPlan
 from cola.offload.transfer import Transfer
 from cola.site_calls import SiteRun
@@ -346,6 +348,40 @@ def advance(learner: GradientLearner, stream: Sequence[tiny.Batch], done: int) -
 
 
 # What was measured stays chosen
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "dtype", "wire", "chosen"),
+    [
+        (48, torch.float32, None, Payload.gradient),
+        (48, torch.bfloat16, None, Payload.factors),
+        (48, torch.bfloat16, torch.bfloat16, Payload.gradient),
+        (24, torch.float32, None, Payload.factors),
+        (24, torch.float32, torch.bfloat16, Payload.factors),
+    ],
+)
+def test_auto_weighs_what_travels(
+    monkeypatch: pytest.MonkeyPatch,
+    num_rows: int,
+    dtype: torch.dtype,
+    wire: torch.dtype | None,
+    chosen: Payload,
+) -> None:
+    """Rows of 64 and 64 numbers, or 64 x 64 of them in float32; on the wire perhaps narrower."""
+    monkeypatch.setattr("cola.offload.payload._wire_rate", lambda *_: 1.0)
+    monkeypatch.setattr("cola.offload.payload.gradient_seconds", lambda *_: 0.0)
+    spec = SiteSpec(name="q", kind=SiteKind.linear, in_features=64, out_features=64)
+    adapter = build_adapter(AdapterConfig(kind=LINEAR), spec, seed=0)
+    found = choose_payloads(
+        {"q": adapter},
+        payload=Payload.auto,
+        base=CPU,
+        dtype=dtype,
+        wire=wire,
+        num_rows=num_rows,
+        eligible=lambda _: True,
+    )
+    assert found == {"q": chosen}
 
 
 def test_a_resumed_run_keeps_its_payloads(wires: list[LaggingTransfer]) -> None:

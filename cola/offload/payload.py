@@ -17,6 +17,7 @@ from cola.adapters import Adapter, LinearAdapter
 from cola.config.choices import Payload
 from cola.offload.timing import gradient_seconds, median_seconds
 from cola.sites import SiteKind, SiteName, SiteSpec
+from cola.user_adapters import num_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ def choose_payloads(
     payload: Payload,
     base: torch.device,
     dtype: torch.dtype,
+    wire: torch.dtype | None,
     num_rows: int,
     eligible: Callable[[Adapter], bool],
 ) -> dict[SiteName, Payload]:
@@ -53,6 +55,7 @@ def choose_payloads(
         payload: of the configuration; `auto` measures each shape once, on this machine.
         base: the base model's device.
         dtype: of adaptation data.
+        wire: what is rounded to on the wire; None: nothing is.
         num_rows: N, of a whole batch.
         eligible: whether `auto` may form an adapter's gradient on the base device.
     """
@@ -66,7 +69,7 @@ def choose_payloads(
             continue
         shapes = tuple(parameter.shape for parameter in adapter.parameters())
         if shapes not in measured:
-            measured[shapes] = _measure(adapter, base, dtype, num_rows)
+            measured[shapes] = _measure(adapter, base, dtype, wire, num_rows)
             _log(adapter.spec, measured[shapes], num_rows)
         chosen[site] = measured[shapes].best
     return chosen
@@ -82,14 +85,21 @@ def may_form(merged: bool, base_gradients: bool) -> Callable[[Adapter], bool]:
     return lambda adapter: isinstance(adapter, LinearAdapter) or (base_gradients and not merged)
 
 
-def _measure(adapter: Adapter, base: torch.device, dtype: torch.dtype, num_rows: int) -> Seconds:
+def _measure(
+    adapter: Adapter,
+    base: torch.device,
+    dtype: torch.dtype,
+    wire: torch.dtype | None,
+    num_rows: int,
+) -> Seconds:
     """Of the wire, of the worker, and of the base device, each alone; the slowest counts."""
     spec, home = adapter.spec, next(adapter.parameters()).device
     rate = _wire_rate(base, home)
-    factor_bytes = num_rows * (spec.in_features + spec.out_features) * dtype.itemsize
-    gradient_bytes = sum(parameter.nbytes for parameter in adapter.parameters())
+    arrives, master = wire or dtype, next(adapter.parameters()).dtype
+    factor_bytes = num_rows * (spec.in_features + spec.out_features) * arrives.itemsize
+    gradient_bytes = num_parameters(adapter) * (wire or master).itemsize
     return Seconds(
-        factors=max(factor_bytes / rate, gradient_seconds(adapter, home, dtype, num_rows)),
+        factors=max(factor_bytes / rate, gradient_seconds(adapter, home, arrives, num_rows)),
         gradient=max(gradient_bytes / rate, gradient_seconds(adapter, base, dtype, num_rows)),
     )
 
