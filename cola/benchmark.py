@@ -27,7 +27,7 @@ from cola.config.schema import BenchConfig
 from cola.config.validation import validate
 from cola.errors import ColaError
 from cola.experiment import build_problem, check_sites
-from cola.memory_plan import check_host_memory
+from cola.memory_plan import host_shortage
 from cola.models import build_base_model
 from cola.report.bench_figure import plot_costs
 from cola.report.bench_table import cost_table
@@ -108,8 +108,8 @@ def _measure(row: BenchRow, bench: BenchConfig) -> dict[str, Any]:
     problem = build_problem(config)
     base = build_base_model(config.model, problem, seed=config.seed, device=device)
     check_sites(config, base)
-    if row.is_cola:
-        check_host_memory(config, base, device)
+    if row.is_cola and (shortage := host_shortage(config, base, device)):
+        raise MemoryError(shortage)  # the rows to come would end with this one
     batches = build_batches(row, base, problem, bench.lengths)
     devices = devices_of(row, base)
     iterations = bench.warmup + 2 * bench.iterations + 1  # as `measure` takes them

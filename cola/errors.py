@@ -13,10 +13,6 @@ class ConfigError(ColaError, ValueError):
     """A configuration that cannot run: unknown name, wrong type, impossible combination."""
 
 
-class HostMemoryError(ConfigError, MemoryError):
-    """Adapters whose training exceeds the memory of the host."""
-
-
 class DataError(ColaError, ValueError):
     """A data set that is missing or cannot be read; names the file and line."""
 

@@ -20,7 +20,7 @@ from cola.horizon import Horizon
 from cola.initial_adapters import initial_adapters, start_from
 from cola.interfaces import Learner
 from cola.learners import build_learner
-from cola.memory_plan import check_host_memory
+from cola.memory_plan import host_shortage
 from cola.metrics import build_score
 from cola.models import (
     BaseModel,
@@ -60,7 +60,9 @@ def run_experiment(config: ExperimentConfig, run_dir: Path) -> dict[str, Any]:
         ColaError: see the parts; KeyboardInterrupt after saving the state.
     """
     base, task = build_base_and_task(config)
-    check_host_memory(config, base, resolve_device(config.device), users=task.user_settings)
+    device = resolve_device(config.device)
+    if shortage := host_shortage(config, base, device, users=task.user_settings):
+        logger.warning("this run may be ended by the system: it needs %s", shortage)
     is_fresh = config.resume is None
     initial = initial_adapters(config, base) if is_fresh else {}
     if is_fresh:

@@ -11,7 +11,6 @@ from cola.adapter_plan import MOMENTS, AdapterPlan, plan_adapters
 from cola.config.choices import ClipMode, MergeMode, MethodName, OffloadTarget, Pristine
 from cola.config.schema import ExperimentConfig
 from cola.config.user_settings import UserSettings
-from cola.errors import HostMemoryError
 from cola.meters import count_bytes
 from cola.models import BaseModel
 from cola.offload.placing import STEPPED_TOGETHER, blocks_of, num_host_threads
@@ -96,26 +95,26 @@ def plan_memory(
     return memory
 
 
-def check_host_memory(
+def host_shortage(
     config: ExperimentConfig,
     base: BaseModel,
     device: torch.device,
     *,
     users: Sequence[UserSettings] = (),
-) -> None:
-    """Refuses adapters that exceed the host's memory: Linux would end the process, after a while.
+) -> str | None:
+    """What a run needs of the host's memory and what is free, if that is less; None: it is enough.
+
+    Linux ends a process that takes more, after a while in which nothing goes on. But what is free
+    is not always told: some virtual machines get more as it is used.
 
     Args:
         config: of a run of gradient learning; others have nothing on the host.
         base: still on the host, or on its device.
         device: that.
         users: with adapters of their own, as the data has them.
-
-    Raises:
-        HostMemoryError: adapters, gradients and optimizer states, with weights, are too large.
     """
     if config.method.name is not MethodName.cola:
-        return
+        return None
     memory = plan_memory(config, base, plan_adapters(config, base.sites, users))
     owners = {} if config.offload.name is OffloadTarget.gpu else memory.get("host", {})
     needed, free = sum(owners.values()), free_host_bytes()
@@ -123,12 +122,13 @@ def check_host_memory(
         needed += sum(memory["base"].values()) - weight_bytes(base)
     elif next(base.module.parameters()).device.type == "cpu":
         free += weight_bytes(base)  # about to leave
-    if needed > free:
-        raise HostMemoryError(
-            f"{needed / GIB:.1f} GiB of host memory for adapters, gradients, optimizer states and "
-            f"weights to merge; {free / GIB:.1f} GiB are free: use a smaller adapter, as "
-            "adapter=lowrank, fewer model.sites, or offload=gpu"
-        )
+    if needed <= free:
+        return None
+    return (
+        f"{needed / GIB:.1f} GiB of host memory for adapters, gradients, optimizer states and "
+        f"weights to merge; {free / GIB:.1f} GiB are free: use a smaller adapter, as "
+        "adapter=lowrank, fewer model.sites, or offload=gpu"
+    )
 
 
 def free_host_bytes() -> int:

@@ -104,12 +104,15 @@ def test_metrics_name_their_units(full):
     assert rows == {METRIC_KEYS, frozenset({"step"} | selection | users)}
 
 
-def test_adapters_that_the_host_cannot_hold_leave_no_trace(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("method", "warns"), [("cola", True), ("lora", False)])
+def test_adapters_that_the_host_cannot_hold_are_warned_of(tmp_path, monkeypatch, caplog, method,
+                                                          warns):  # fmt: skip
+    """What is free is not always told: the run goes on."""
     monkeypatch.setattr("cola.memory_plan.free_host_bytes", lambda: 10_000)
-    with pytest.raises(ConfigError, match="GiB of host memory for adapters"):
-        run(tmp_path, *SYNTHETIC, "offload=cpu")
-    assert not list(tmp_path.iterdir())
-    assert run(tmp_path, *SYNTHETIC, "method=lora", "trainer.max_steps=1").summary["steps"] == 1
+    done = run(tmp_path, *SYNTHETIC, f"method={method}", "trainer.max_steps=1")
+    assert done.summary["steps"] == 1
+    message = "this run may be ended by the system: it needs"
+    assert any(message in line and "GiB are free" in line for line in caplog.messages) == warns
 
 
 def test_metrics_say_what_rounding_lost_in_bfloat16(tmp_path):
