@@ -7,13 +7,13 @@ frozen here.
 
 from collections import deque
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from cola.adapters import LowRankAdapter, install_parameters, skeleton
-from cola.sites import SiteKind, SiteName
+from cola.adapters import install_parameters, skeleton
+from cola.added_products import add_lowrank
+from cola.sites import SiteName
 from cola.user_adapters import SiteAdapter
 
 ROUNDS_KEPT = 3
@@ -134,12 +134,10 @@ class Bank:
         if self._detached:
             with torch.no_grad():
                 delta = adapter(hidden_input)
-        elif isinstance(adapter, LowRankAdapter) and _can_fuse(adapter, hidden_input, hidden):
-            adapted: Tensor = _AddLowRank.apply(  # type: ignore[no-untyped-call]
-                hidden, hidden_input, adapter.lora_a, adapter.lora_b, self._scale
-            )
-            return adapted
         else:
+            adapted = add_lowrank(hidden, hidden_input, adapter, self._scale)
+            if adapted is not None:
+                return adapted
             delta = adapter(hidden_input)
         return torch.add(hidden, delta, alpha=self._scale)
 
@@ -157,43 +155,3 @@ def _copy_all(
     out_of = [tensor for site in targets for tensor in sources[site].values()]
     if into:
         torch._foreach_copy_(into, out_of, non_blocking=True)
-
-
-def _can_fuse(adapter: LowRankAdapter, hidden_input: Tensor, hidden: Tensor) -> bool:
-    """Whether the sum may be formed in the site's own output: nobody else has seen it yet."""
-    return (
-        adapter.spec.kind is not SiteKind.conv2d
-        and not hidden._is_view()
-        and hidden.is_contiguous()
-        and hidden.dtype is hidden_input.dtype is adapter.lora_a.dtype
-    )
-
-
-class _AddLowRank(torch.autograd.Function):
-    """h + scale * B A x in the memory of h, as one node of the graph.
-
-    The two small products cost less than launching them; a large model has hundreds of sites, and
-    its host is busy enough.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, hidden_input: Tensor, a: Tensor, b: Tensor, scale: float
-    ) -> Tensor:
-        ctx.save_for_backward(a, b)
-        ctx.scale, ctx.shape = scale, hidden_input.shape
-        inner = hidden_input.reshape(-1, a.shape[1]) @ a.T  # (N, R)
-        hidden.view(-1, b.shape[0]).addmm_(inner, b.T, alpha=scale)
-        ctx.mark_dirty(hidden)
-        return hidden
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (hidden_gradient,) = gradients
-        if not ctx.needs_input_grad[1]:
-            return hidden_gradient, None, None, None, None
-        a, b = ctx.saved_tensors
-        inner = hidden_gradient.reshape(-1, b.shape[0]) @ b  # (N, R)
-        if ctx.scale != 1.0:
-            inner = inner * ctx.scale
-        return hidden_gradient, (inner @ a).view(ctx.shape), None, None, None

@@ -58,6 +58,22 @@ class UserAdapters(nn.Module):
         parts = [stack(x[where], own) for stack, (where, own) in self._parts(rows) if own.users]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def stacked_factors(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """Factors of the users whose rows these are, if they are equal parts of low-rank users.
+
+        Args:
+            x: (..., D), hidden input of the rows under way.
+
+        Returns:
+            A (S, R, D), B (S, H, R) and, where they are not 1, alphas (S, 1, 1); None: rows have to
+            be moved, or are of several cohorts.
+        """
+        if len(self._stacks) > 1:
+            return None
+        (stack,) = self.stacks
+        rows = require_rows(self.roster.rows, len(x), self.spec.name)
+        return stack.factors_in_place(rows, x)
+
     def delta_weight(self) -> Tensor:
         """What all users that take part mean for the base weight, alphas and 1/K included."""
         return self._reduced(lambda stack, shares: stack.delta_weight(shares))

@@ -5,14 +5,16 @@ hidden input, g hidden gradient. A user's gradient comes from the user's own row
 ones come from all rows (the exact gradient of a merged objective).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from cola.adaptation_data import AdaptationData
-from cola.adapters import LinearAdapter, LowRankAdapter, MLPAdapter
+from cola.adapters import LinearAdapter, LowRankAdapter
 from cola.gradient_learning import adapter_gradients, surrogate_loss
 from cola.sites import SiteKind
-from cola.user_rows import UserRows
+from cola.user_rows import Tiles, UserRows
 from cola.user_stack import UserStack
 
 LONG = 1 << 13
@@ -20,53 +22,34 @@ LONG = 1 << 13
 
 
 @torch.no_grad()
-def user_gradients(stack: UserStack, data: AdaptationData, rows: UserRows) -> dict[str, Tensor]:
-    """Each user's gradient from its own rows. Paper: Algorithm 1, lines 10 to 14.
+def user_gradients(
+    stacks: Sequence[UserStack], x: Tensor, gradients: Sequence[Tensor], rows: UserRows
+) -> list[dict[str, Tensor]]:
+    """Each user's gradient from its own rows, at sites that share a hidden input (query, value).
+
+    Paper: Algorithm 1, lines 10 to 14. Low-rank adapters are fitted as one of the sum of their
+    ranks, so that x is read twice and not twice for each site.
 
     Args:
-        stack: one cohort's adapters.
-        data: x (N, D) and g (N, H) of the cohort's users, grouped by user; products are formed in
-            their dtype.
+        stacks: one cohort's adapters at each site.
+        x: (N, D), hidden input of the cohort's users, grouped by user; products are formed in its
+            dtype.
+        gradients: G of each site, (N, H), in that dtype.
         rows: whose they are; N in all.
 
     Returns:
-        By parameter name, (K, ...); zero for users without rows.
+        Of each site, by parameter name, (K, ...); zero for users without rows.
     """
-    adapter, x, g = stack.adapter, data.hidden_input, data.hidden_gradient
-    if adapter.spec.kind is SiteKind.conv2d:
-        return _member_gradients(stack, data, rows)
-    tiles = rows.tiles(stack.num_users, x.device)
-    on_host = x.device.type == "cpu"
-    # Tiles that are not one of each user in order have copies of their users' parameters.
-    is_large = isinstance(adapter, LinearAdapter) or (on_host and isinstance(adapter, MLPAdapter))
-    if is_large and tiles.users is not None:
-        return _member_gradients(stack, data, rows)
-    # Others are copies of rows, which on a host take longer than a product for each user.
-    is_long = on_host and x.numel() >= LONG * len(rows.users)
-    if is_long and tiles.index is not None and isinstance(adapter, LowRankAdapter):
-        return _lowrank_gradients(stack, adapter, data, rows)
-    # A filler row repeats a row of the same user; without a gradient it teaches nothing.
-    x, g = tiles.cut(x), tiles.cut(g, fill=0.0)  # (S, c, D), (S, c, H)
-    master = next(stack.parameters()).dtype
-    if not isinstance(adapter, LowRankAdapter | LinearAdapter):
-        return _surrogate_gradients(stack, x.to(master), g.to(master), rows)
-    g = _scaled(g, tiles.pick(stack.alphas(g))[:, None, None], stack)
-    if isinstance(adapter, LowRankAdapter):
-        a, b = (tiles.pick(p).to(x.dtype) for p in (adapter.lora_a, adapter.lora_b))
-        per_tile = {
-            "lora_a": torch.bmm(torch.bmm(g, b).mT, x),  # (S, R, D)
-            # The transpose of what is wanted reads g in the order in which it lies.
-            "lora_b": torch.bmm(torch.bmm(x, a.mT).mT, g).mT,  # (S, H, R)
-        }
-    else:
-        per_tile = {"weight": torch.bmm(g.mT, x)}
-        if adapter.bias is not None:
-            per_tile["bias"] = g.sum(dim=1)
-    # Products are formed in the data's dtype, sums over tiles in the parameters'.
-    return {
-        name: tiles.add_up(part.to(master).contiguous(), stack.num_users)
-        for name, part in per_tile.items()
-    }
+    lowrank = [stack.adapter for stack in stacks if isinstance(stack.adapter, LowRankAdapter)]
+    is_plain = all(adapter.spec.kind is not SiteKind.conv2d for adapter in lowrank)
+    if len(lowrank) == len(stacks) and is_plain:
+        return _lowrank_gradients(stacks, lowrank, x, gradients, rows)
+    if len(stacks) > 1:
+        return [
+            user_gradients([s], x, [g], rows)[0] for s, g in zip(stacks, gradients, strict=True)
+        ]
+    data = AdaptationData(hidden_input=x, hidden_gradient=gradients[0])
+    return [_site_gradients(stacks[0], data, rows)]
 
 
 @torch.no_grad()
@@ -101,20 +84,95 @@ def shared_gradients(stack: UserStack, data: AdaptationData, shares: Tensor) -> 
 
 
 def _lowrank_gradients(
-    stack: UserStack, adapter: LowRankAdapter, data: AdaptationData, rows: UserRows
-) -> dict[str, Tensor]:
-    """`lowrank_gradients`, user by user, where the rows lie."""
-    x, g = data.hidden_input, data.hidden_gradient
-    a, b = adapter.lora_a.to(x.dtype), adapter.lora_b.to(x.dtype)  # (K, R, D), (K, H, R)
-    grad_a, grad_b = torch.zeros_like(adapter.lora_a), torch.zeros_like(adapter.lora_b)
+    stacks: Sequence[UserStack],
+    adapters: Sequence[LowRankAdapter],
+    x: Tensor,
+    gradients: Sequence[Tensor],
+    rows: UserRows,
+) -> list[dict[str, Tensor]]:
+    """`lowrank_gradients` with an axis of users, in batched products or user by user."""
+    stack, master = stacks[0], adapters[0].lora_a.dtype
+    tiles = rows.tiles(stack.num_users, x.device)
+    # Tiles that are not in place are copies of rows, which on a host take longer than a product for
+    # each user.
+    is_long = x.device.type == "cpu" and x.numel() >= LONG * len(rows.users)
+    if is_long and tiles.index is not None:
+        return _lowrank_gradients_by_user(stack, adapters, x, gradients, rows)
+    # A filler row repeats a row of the same user; without a gradient it teaches nothing.
+    x, g = tiles.cut(x), [tiles.cut(own, fill=0.0) for own in gradients]  # (S, c, D), (S, c, H)
+    a = _joined([tiles.pick(adapter.lora_a).to(x.dtype) for adapter in adapters], dim=1)
+    b = [tiles.pick(adapter.lora_b).to(x.dtype) for adapter in adapters]
+    inner = torch.bmm(x, a.mT)  # (S, c, M R)
+    back = _joined([torch.bmm(own, up) for own, up in zip(g, b, strict=True)], dim=2)
+    if not stack.has_unit_alphas:
+        alphas = tiles.pick(stack.alphas(x))[:, None, None]
+        inner, back = inner * alphas, back * alphas
+    ranks = [adapter.lora_a.shape[1] for adapter in adapters]
+    grad_a = torch.bmm(back.mT, x).split_with_sizes(ranks, dim=1)  # (S, R, D)
+    # The transpose of what is wanted reads g in the order in which it lies.
+    parts = zip(inner.split_with_sizes(ranks, dim=2), g, strict=True)
+    grad_b = [torch.bmm(own.mT, gradient).mT for own, gradient in parts]  # (S, H, R)
+
+    def summed(per_tile: Tensor) -> Tensor:
+        # Products are formed in the data's dtype, sums over tiles in the parameters'.
+        return tiles.add_up(per_tile.contiguous().to(master), stack.num_users)
+
+    return [
+        {"lora_a": summed(own_a), "lora_b": summed(own_b)}
+        for own_a, own_b in zip(grad_a, grad_b, strict=True)
+    ]
+
+
+def _lowrank_gradients_by_user(
+    stack: UserStack,
+    adapters: Sequence[LowRankAdapter],
+    x: Tensor,
+    gradients: Sequence[Tensor],
+    rows: UserRows,
+) -> list[dict[str, Tensor]]:
+    """The same, user by user, where the rows lie."""
+    a = _joined([adapter.lora_a for adapter in adapters], dim=1).to(x.dtype)  # (K, M R, D)
+    b = [adapter.lora_b.to(x.dtype) for adapter in adapters]  # (K, H, R)
+    ranks = [adapter.lora_a.shape[1] for adapter in adapters]
+    grad_a = torch.zeros(a.shape, dtype=adapters[0].lora_a.dtype, device=x.device)
+    grad_b = [torch.zeros_like(adapter.lora_b) for adapter in adapters]
     for user, where in rows.slices():
-        own_x, own_g = x[where], g[where]
-        grad_a[user] = (own_g @ b[user]).T @ own_x
-        grad_b[user] = ((own_x @ a[user].T).T @ own_g).T
+        own_x, own_g = x[where], [gradient[where] for gradient in gradients]
+        back = _joined([g @ up[user] for g, up in zip(own_g, b, strict=True)], dim=1)
+        grad_a[user] = back.T @ own_x
+        inner = (own_x @ a[user].T).split_with_sizes(ranks, dim=1)
+        for total, one, g in zip(grad_b, inner, own_g, strict=True):
+            total[user] = (one.T @ g).T
     if not stack.has_unit_alphas:
         alphas = stack.alphas(grad_a)[:, None, None]
-        grad_a, grad_b = grad_a * alphas, grad_b * alphas
-    return {"lora_a": grad_a, "lora_b": grad_b}
+        grad_a, grad_b = grad_a * alphas, [own * alphas for own in grad_b]
+    parts = (own.contiguous() for own in grad_a.split_with_sizes(ranks, dim=1))
+    return [{"lora_a": one, "lora_b": other} for one, other in zip(parts, grad_b, strict=True)]
+
+
+def _site_gradients(stack: UserStack, data: AdaptationData, rows: UserRows) -> dict[str, Tensor]:
+    """Of one site whose adapters are not low-rank, or whose products cannot be batched."""
+    adapter, x, g = stack.adapter, data.hidden_input, data.hidden_gradient
+    if adapter.spec.kind is SiteKind.conv2d:
+        return _member_gradients(stack, data, rows)
+    tiles = rows.tiles(stack.num_users, x.device)
+    on_host = x.device.type == "cpu"
+    # Tiles that are not one of each user in order have copies of their users' parameters.
+    is_large = isinstance(adapter, LinearAdapter) or on_host
+    if is_large and tiles.users is not None:
+        return _member_gradients(stack, data, rows)
+    x, g = tiles.cut(x), tiles.cut(g, fill=0.0)
+    master = next(stack.parameters()).dtype
+    if not isinstance(adapter, LinearAdapter):
+        return _surrogate_gradients(stack, x.to(master), g.to(master), rows)
+    g = _scaled(g, stack, tiles)
+    per_tile = {"weight": torch.bmm(g.mT, x)}
+    if adapter.bias is not None:
+        per_tile["bias"] = g.sum(dim=1)
+    return {
+        name: tiles.add_up(part.to(master).contiguous(), stack.num_users)
+        for name, part in per_tile.items()
+    }
 
 
 def _member_gradients(stack: UserStack, data: AdaptationData, rows: UserRows) -> dict[str, Tensor]:
@@ -140,13 +198,19 @@ def _surrogate_gradients(
         parameter.requires_grad_(True)
     with torch.enable_grad():
         output = stack.tile_output(x, tiles)
-        scaled = _scaled(output, tiles.pick(stack.alphas(output))[:, None, None], stack)
-        loss = surrogate_loss(scaled, g)
+        loss = surrogate_loss(_scaled(output, stack, tiles), g)
     gradients = torch.autograd.grad(loss, parameters)
     for parameter in parameters:
         parameter.requires_grad_(False)
     return dict(zip(names, gradients, strict=True))
 
 
-def _scaled(values: Tensor, alphas: Tensor, stack: UserStack) -> Tensor:
-    return values if stack.has_unit_alphas else values * alphas
+def _scaled(values: Tensor, stack: UserStack, tiles: Tiles) -> Tensor:
+    """(S, c, H) times each tile's alpha."""
+    if stack.has_unit_alphas:
+        return values
+    return values * tiles.pick(stack.alphas(values))[:, None, None]
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)

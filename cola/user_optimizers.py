@@ -1,5 +1,7 @@
 """Optimizers of stacked parameters: users of one cohort step together, each by its own count.
 
+Stepped by `user_steps.step_together`.
+
 `torch.optim` counts steps and knows presence per tensor, so that users with counts, rates and a
 presence of their own would have to be tensors of their own: K times as many, and small. Here
 neighbours who step with one rate and one count are one slice of the stack, and torch's fused
@@ -50,34 +52,68 @@ class UserOptimizer:
         self._steps = [0] * len(rates)  # no tensor: looking into one costs more than the rest
         self._moments: dict[str, dict[str, Tensor]] = {}
 
-    @torch.no_grad()
-    def step(
-        self, gradients: Mapping[str, Tensor], learning_rate: float, users: Sequence[int]
-    ) -> None:
-        """One step of some users; the others' parameters, counts and moments stay as they are.
-
-        Args:
-            gradients: (K, ...) by name, not changed; those of absent users are not used.
-            learning_rate: gamma_t, times each user's factor.
-            users: positions of those who step, ascending.
-        """
-        if not users:
-            return
+    def begin(self, gradients: Mapping[str, Tensor]) -> list[list[Tensor]]:
+        """What a kernel walks: parameters, gradients, and each kind of moments, in one order."""
         self._allocate()
         names = list(self._parameters)
-        stacks = [
+        return [
             list(self._parameters.values()),
             # The kernels walk memory from end to end, whatever the strides.
             [gradients[name].contiguous() for name in names],
             *([self._moments[name][key] for name in names] for key in self._moment_names),
         ]
-        # SGD does the same at every count.
+
+    def pace(self) -> tuple[tuple[float, ...], tuple[int, ...]]:
+        """(K,) rate factors, and counts where they matter: SGD does the same at every one."""
         counts = self._steps if self._is_adamw else [0] * len(self._steps)
-        slices = _Slices(users, self._rates, counts)
-        for rate, runs in slices.by_rate.items():
-            cut = [slices.cut(own, [place for place, _ in runs]) for own in stacks]
-            before = [float(count) for _, count in runs] * len(names)
-            self._call_kernel(cut, learning_rate * rate, before)
+        return tuple(self._rates), tuple(counts)
+
+    def call_kernel(
+        self, tensors: Sequence[list[Tensor]], rate: float, counts: Sequence[float]
+    ) -> None:
+        """Steps slices of one rate in place, this optimizer's and those of others like it.
+
+        Args:
+            tensors: as from `begin`.
+            rate: of all of them.
+            counts: steps of each before this one.
+        """
+        parameters, gradients, *moments = tensors
+        if not self._is_adamw:
+            sgd(
+                parameters,
+                gradients,
+                [*moments[0]] if moments else [None] * len(parameters),
+                fused=True,
+                weight_decay=self._config.weight_decay,
+                momentum=self._config.momentum,
+                lr=rate,
+                dampening=0.0,
+                nesterov=self._config.nesterov,
+                maximize=False,
+            )
+            return
+        exp_avgs, exp_avg_sqs = moments
+        adamw(
+            parameters,
+            gradients,
+            exp_avgs,
+            exp_avg_sqs,
+            max_exp_avg_sqs=[],
+            # torch adds 1 to each.
+            state_steps=list(upload(torch.tensor(counts), self._device).unbind()),
+            fused=True,
+            amsgrad=False,
+            beta1=ADAMW_BETAS[0],
+            beta2=ADAMW_BETAS[1],
+            lr=rate,
+            weight_decay=self._config.weight_decay,
+            eps=ADAMW_EPS,
+            maximize=False,
+        )
+
+    def count(self, users: Iterable[int]) -> None:
+        """These users have stepped."""
         for user in users:
             self._steps[user] += 1
 
@@ -133,69 +169,3 @@ class UserOptimizer:
             return
         for name, parameter in self._parameters.items():
             self._moments[name] = {key: torch.zeros_like(parameter) for key in self._moment_names}
-
-    def _call_kernel(
-        self, tensors: Sequence[list[Tensor]], rate: float, counts: Sequence[float]
-    ) -> None:
-        """Slices of one rate, in place: parameters, gradients, and each kind of moments."""
-        parameters, gradients, *moments = tensors
-        if not self._is_adamw:
-            sgd(
-                parameters,
-                gradients,
-                [*moments[0]] if moments else [None] * len(parameters),
-                fused=True,
-                weight_decay=self._config.weight_decay,
-                momentum=self._config.momentum,
-                lr=rate,
-                dampening=0.0,
-                nesterov=self._config.nesterov,
-                maximize=False,
-            )
-            return
-        exp_avgs, exp_avg_sqs = moments
-        adamw(
-            parameters,
-            gradients,
-            exp_avgs,
-            exp_avg_sqs,
-            max_exp_avg_sqs=[],
-            # Steps taken before this one: torch adds 1 to each.
-            state_steps=list(upload(torch.tensor(counts), self._device).unbind()),
-            fused=True,
-            amsgrad=False,
-            beta1=ADAMW_BETAS[0],
-            beta2=ADAMW_BETAS[1],
-            lr=rate,
-            weight_decay=self._config.weight_decay,
-            eps=ADAMW_EPS,
-            maximize=False,
-        )
-
-
-class _Slices:
-    """Runs of neighbours who all step, with one rate factor and one count.
-
-    Attributes:
-        by_rate: for every rate factor, its runs' places and counts.
-    """
-
-    def __init__(self, users: Iterable[int], rates: Sequence[float], counts: Sequence[int]) -> None:
-        """`users` ascending, of K with rates and counts each."""
-        self.by_rate: dict[float, list[tuple[int, int]]] = {}
-        self._sizes: list[int] = []  # of a gap, a run, a gap, ...
-        end, before = 0, None
-        for user in users:
-            own = (rates[user], counts[user])
-            if user == end and own == before:
-                self._sizes[-1] += 1
-            else:
-                self._sizes += [user - end, 1]
-                self.by_rate.setdefault(own[0], []).append((len(self._sizes) - 1, own[1]))
-            end, before = user + 1, own
-        self._sizes.append(len(rates) - end)
-
-    def cut(self, stacks: Iterable[Tensor], places: Sequence[int]) -> list[Tensor]:
-        """The runs at some places of every stack (K, ...), as views."""
-        parts = [stack.split_with_sizes(self._sizes) for stack in stacks]
-        return [part[place] for part in parts for place in places]

@@ -36,6 +36,7 @@ class UserStack(nn.Module):
         first: position of the cohort's first user in the run's order.
         num_users: K of the cohort.
         num_parameters: of all of them, each of its own rank.
+        has_unit_alphas: whether no output has to be scaled.
         adapter: structure of one adapter, its parameters stacked: (K, ...) each.
     """
 
@@ -43,6 +44,8 @@ class UserStack(nn.Module):
         super().__init__()
         self.first, self.num_users = first, len(members)
         self._alphas = tuple(alphas)
+        self._alphas_by: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self.has_unit_alphas = set(alphas) == {1.0}
         self.num_parameters = sum(p.numel() for member in members for p in member.parameters())
         self._ranks = [m.lora_a.shape[0] for m in members if isinstance(m, LowRankAdapter)]
         self.adapter = copy.deepcopy(members[0])
@@ -66,14 +69,12 @@ class UserStack(nn.Module):
         """(K, ...) by the name that a single adapter's parameter has."""
         return dict(self.adapter.named_parameters())
 
-    @property
-    def has_unit_alphas(self) -> bool:
-        """Whether no output has to be scaled."""
-        return set(self._alphas) == {1.0}
-
     def alphas(self, like: Tensor) -> Tensor:
-        """(K,) scales of the users' outputs."""
-        return upload(torch.tensor(self._alphas, dtype=like.dtype), like.device)
+        """(K,) scales of the users' outputs, on the device and in the dtype of a tensor."""
+        key = (like.device, like.dtype)
+        if key not in self._alphas_by:
+            self._alphas_by[key] = upload(torch.tensor(self._alphas, dtype=like.dtype), like.device)
+        return self._alphas_by[key]
 
     def single(self, user: int) -> Adapter:
         """One user's adapter, its parameters views of the stacks; as wide as the stacks are."""
@@ -114,6 +115,21 @@ class UserStack(nn.Module):
         for layer in adapter.layers[:-1]:
             x = functional.relu(_layer(x, layer, tiles))
         return _layer(x, adapter.layers[-1], tiles)
+
+    def factors_in_place(
+        self, rows: UserRows, x: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """A (S, R, D), B (S, H, R) and alphas (S, 1, 1) of S equal parts of rows; None: uneven.
+
+        Alphas are None where all of them are 1.
+        """
+        if not isinstance(self.adapter, LowRankAdapter):
+            return None
+        tiles = rows.tiles(self.num_users, x.device)
+        if tiles.index is not None:
+            return None
+        alphas = None if self.has_unit_alphas else tiles.pick(self.alphas(x))[:, None, None]
+        return tiles.pick(self.adapter.lora_a), tiles.pick(self.adapter.lora_b), alphas
 
     @torch.no_grad()
     def delta_weight(self, shares: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def test_every_user_gets_what_its_rows_alone_make(
 ) -> None:
     monkeypatch.setattr(routes, "LONG", long)
     stack, data = build(kind, rows)
-    found = routes.user_gradients(stack, data, rows)
+    (found,) = routes.user_gradients([stack], data.hidden_input, [data.hidden_gradient], rows)
     assert agree(found, routes._member_gradients(stack, data, rows))
     for gradient in found.values():
         assert gradient.is_contiguous() or kind is AdapterKind.mlp
@@ -72,5 +72,6 @@ def test_a_host_cuts_no_long_rows_into_tiles(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(type(tiles), "cut", lambda self, rows, fill=None: cut.append(rows))
     monkeypatch.setattr(routes, "LONG", 0)
     for kind in AdapterKind:
-        routes.user_gradients(*build(kind, rows), rows)
+        stack, data = build(kind, rows)
+        routes.user_gradients([stack], data.hidden_input, [data.hidden_gradient], rows)
     assert not cut

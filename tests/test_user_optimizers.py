@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cola.config.choices import OptimizerName
 from cola.config.schema import OptimizerConfig
 from cola.user_optimizers import UserOptimizer
+from cola.user_steps import UserStep, step_together
 from tests.tolerances import FLOAT32
 
 SHAPES = {"lora_a": (2, 3), "lora_b": (4, 2), "bias": (3,)}
@@ -56,6 +57,12 @@ def gradients_of(number: int, step: Step, num_users: int) -> dict[str, Tensor]:
     return result
 
 
+def step_one(
+    optimizer: UserOptimizer, gradients: dict[str, Tensor], rate: float, users: Sequence[int]
+) -> None:
+    step_together([UserStep(optimizer, gradients, users)], rate)
+
+
 @dataclass
 class Together:
     """The optimizer in question, with its parameters."""
@@ -73,7 +80,7 @@ class Together:
     def run(self, steps: Sequence[Step], first: int = 0) -> None:
         for number, step in enumerate(steps, start=first):
             gradients = gradients_of(number, step, len(self.rates))
-            self.optimizer.step(gradients, step.rate, step.users)
+            step_one(self.optimizer, gradients, step.rate, step.users)
 
 
 def apart(
@@ -252,7 +259,7 @@ def test_gradients_stay_as_they_are_whatever_their_strides(config: OptimizerConf
     for own, gradients in ((parameters, strided), (wanted, dense)):
         optimizer = UserOptimizer(own, config, name=config.name, rates=RATES)
         for users in (ALL, SOME):
-            optimizer.step(gradients, 0.05, users)
+            step_one(optimizer, gradients, 0.05, users)
     assert_equal_numbers(parameters, wanted)
     assert all(torch.equal(strided[name], before[name]) for name in before)
 
@@ -263,7 +270,8 @@ def test_float32_follows_float64(config: OptimizerConfig) -> None:
     optimizer = UserOptimizer(single, config, name=config.name, rates=RATES)
     for number, step in enumerate(STEPS):
         gradients = gradients_of(number, step, 3)
-        optimizer.step({n: g.float() for n, g in gradients.items()}, step.rate, step.users)
+        single_gradients = {n: g.float() for n, g in gradients.items()}
+        step_one(optimizer, single_gradients, step.rate, step.users)
     wanted = apart(config, RATES, STEPS)
     for name, start in stacks(3).items():
         moved = (wanted[name] - start).norm()
@@ -281,7 +289,7 @@ def test_a_gpu_is_not_waited_for_and_gives_the_same_numbers(config: OptimizerCon
     torch.cuda.set_sync_debug_mode("error")
     try:
         for gradients, step in zip(stream, STEPS, strict=True):
-            optimizer.step(gradients, step.rate, step.users)
+            step_one(optimizer, gradients, step.rate, step.users)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     found = {name: stack.cpu() for name, stack in parameters.items()}

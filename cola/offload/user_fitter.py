@@ -14,7 +14,8 @@ from torch import Tensor
 from cola.adaptation_data import AdaptationData
 from cola.config.choices import ClipMode
 from cola.config.schema import OptimizerConfig
-from cola.offload.cohort_fitter import CohortFitter
+from cola.offload.broken_users import BrokenUsers
+from cola.offload.cohort_fitter import CohortFitter, step_cohorts
 from cola.offload.fit import Fit
 from cola.offload.local_users import LocalUsers
 from cola.optimizers import rate_factor
@@ -65,7 +66,7 @@ class UserFitter:
         }
         first = next(iter(next(iter(self.adapters.values())).parameters()))
         self._dtype, self.device = first.dtype, first.device
-        self._broken: dict[SiteName, Tensor] = {}  # (K,) not yet reported
+        self._broken = BrokenUsers(roster)
         self.held_bytes: dict[str, int] = {}
         self._note_held()
 
@@ -78,12 +79,15 @@ class UserFitter:
 
     def accumulate(self, batch: Sequence[tuple[SiteName, AdaptationData]]) -> None:
         """Adds the gradients of one batch; the parameters are constant inside an interval."""
-        for site, data in batch:
-            self._accumulate(site, data)
+        together: dict[int, list[tuple[SiteName, AdaptationData]]] = {}
+        for site, data in batch:  # sites with one input come with one tensor
+            together.setdefault(id(data.hidden_input), []).append((site, data))
+        for calls in together.values():
+            self._accumulate(calls)
 
     def gradient_norm(self, site: SiteName, fit: Fit) -> Tensor:
         """(K,) norm of each user's gradient of the interval at one site."""
-        return torch.cat([cohort.norms(fit) for cohort in self._cohorts[site]])
+        return torch.cat([c.norms() * c.scales(fit) for c in self._cohorts[site]])
 
     def step(self, fit: Fit, clip_factor: float | Tensor = 1.0) -> list[SiteName]:
         """Steps every user that has data, installs what came back, and empties the gradients.
@@ -95,18 +99,21 @@ class UserFitter:
         Returns:
             Sites where somebody stepped, here or elsewhere.
         """
-        stepped = []
-        for site, cohorts in self._cohorts.items():
+        stepped: set[SiteName] = set()
+        for cohorts in zip(*self._cohorts.values(), strict=True):  # one users' at every site
+            sites = [s for s, c in zip(self._cohorts, cohorts, strict=True) if c.taught]
             taught = [cohort for cohort in cohorts if cohort.taught]
-            for cohort in taught:
-                first, last = cohort.stack.first, cohort.stack.last
-                own = clip_factor[first:last] if isinstance(clip_factor, Tensor) else clip_factor
-                self._note_broken(site, first, cohort.step(fit, own))
-            stepped += [site] if taught else []
+            if not taught:
+                continue
+            first, last = taught[0].stack.first, taught[0].stack.last
+            own = clip_factor[first:last] if isinstance(clip_factor, Tensor) else clip_factor
+            self._broken.note(sites, first, step_cohorts(taught, fit, own))
+            stepped.update(sites)
         if self.device.type == "cpu":
             self.check_finite(fit.number)
         self._note_held()
-        return list(dict.fromkeys([*stepped, *self._install_answers(fit.number)]))
+        stepped.update(self._install_answers(fit.number))
+        return [site for site in self._cohorts if site in stepped]
 
     def check_finite(self, number: int) -> None:
         """Reports users whose gradients were not finite up to this adaptation.
@@ -114,13 +121,7 @@ class UserFitter:
         A GPU is asked here, at evaluations and checkpoints, since asking at every step would
         synchronise it.
         """
-        for site, broken in self._broken.items():
-            for user in broken.nonzero().flatten().tolist():
-                self._roster.stop(
-                    user,
-                    f"the hidden gradient of site {site!r} is not finite (adaptation {number})",
-                )
-        self._broken = {}
+        self._broken.report(number)
 
     def state_dict(self, site: SiteName) -> dict[str, Any]:
         """Adapters, optimizer states and the gradients of an interval in progress."""
@@ -154,24 +155,33 @@ class UserFitter:
             cohort, place = self._cohort_of(site, user)
             cohort.forget(place)
 
-    def _accumulate(self, site: SiteName, data: AdaptationData) -> None:
-        data = data.to(product_dtype(data.hidden_input, self._dtype))
-        rows = require_rows(data.rows, len(data.hidden_input), site)
+    def _accumulate(self, calls: Sequence[tuple[SiteName, AdaptationData]]) -> None:
+        """Adds what calls with one hidden input teach."""
+        first_site, first = calls[0]
+        dtype = product_dtype(first.hidden_input, self._dtype)
+        x = first.hidden_input.to(dtype)
+        rows = require_rows(first.rows, len(x), first_site)
+        sites = [site for site, _ in calls]
+        gradients = [data.hidden_gradient.to(dtype) for _, data in calls]
         if self._shares_rows:
-            self._teach_everyone(site, self._finite(site, data, rows))
+            for site, g in zip(sites, gradients, strict=True):
+                data = AdaptationData(hidden_input=x, hidden_gradient=g)
+                self._teach_everyone(site, self._finite(site, data, rows))
             return
-        for cohort in self._cohorts[site]:
-            stack = cohort.stack
-            where, own_rows = rows.part(stack.first, stack.last)
+        for cohorts in zip(*(self._cohorts[site] for site in sites), strict=True):
+            stacks = [cohort.stack for cohort in cohorts]
+            where, own_rows = rows.part(stacks[0].first, stacks[0].last)
             if not own_rows.users:
                 continue
-            own = AdaptationData(
-                hidden_input=data.hidden_input[where], hidden_gradient=data.hidden_gradient[where]
-            )
-            if cohort.is_local and self._local is not None:
-                self._local.take(site, own.to(self._dtype), own_rows, stack.first)
-            else:
-                cohort.add(user_gradients(stack, own, own_rows), own_rows.users)
+            own_x, own_g = x[where], [g[where] for g in gradients]
+            if cohorts[0].is_local and self._local is not None:
+                for site, g in zip(sites, own_g, strict=True):
+                    data = AdaptationData(hidden_input=own_x, hidden_gradient=g)
+                    self._local.take(site, data.to(self._dtype), own_rows, stacks[0].first)
+                continue
+            found = user_gradients(stacks, own_x, own_g, own_rows)
+            for cohort, one in zip(cohorts, found, strict=True):
+                cohort.add(one, own_rows.users)
 
     def _teach_everyone(self, site: SiteName, data: AdaptationData) -> None:
         shares = self._roster.shares()
@@ -188,17 +198,12 @@ class UserFitter:
         x, g = data.hidden_input, data.hidden_gradient
         is_finite = x.flatten(1).isfinite().all(dim=1) & g.flatten(1).isfinite().all(dim=1)  # (N,)
         for user, where in rows.slices():
-            self._note_broken(site, user, ~is_finite[where].all(dim=0, keepdim=True))
+            self._broken.note([site], user, ~is_finite[where].all().view(1, 1))
         shape = (-1, *[1] * (x.dim() - 1))
         return AdaptationData(
             hidden_input=x.masked_fill(~is_finite.view(shape), 0.0),
             hidden_gradient=g.masked_fill(~is_finite.view(shape), 0.0),
         )
-
-    def _note_broken(self, site: SiteName, first: int, broken: Tensor) -> None:
-        """Users from `first` on whose gradients are not finite; the device is not asked."""
-        none = torch.zeros(len(self._roster), dtype=torch.bool, device=self.device)
-        self._broken.setdefault(site, none)[first : first + len(broken)] |= broken
 
     def _cohort_of(self, site: SiteName, user: int) -> tuple[CohortFitter, int]:
         cohorts = self._cohorts[site]
