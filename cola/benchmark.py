@@ -27,12 +27,12 @@ from cola.config.schema import BenchConfig
 from cola.config.validation import validate
 from cola.errors import ColaError
 from cola.experiment import build_problem, check_sites
-from cola.memory_plan import host_shortage
 from cola.models import build_base_model
 from cola.report.bench_figure import plot_costs
 from cola.report.bench_table import cost_table
 from cola.report.text import print_text
 from cola.runtime import resolve_device, seed_everything, set_matmul_precision
+from cola.shortage import gpu_shortage, host_shortage
 
 logger = logging.getLogger(__name__)
 
@@ -108,8 +108,9 @@ def _measure(row: BenchRow, bench: BenchConfig) -> dict[str, Any]:
     problem = build_problem(config)
     base = build_base_model(config.model, problem, seed=config.seed, device=device)
     check_sites(config, base)
-    if row.is_cola and (shortage := host_shortage(config, base, device)):
-        raise MemoryError(shortage)  # the rows to come would end with this one
+    for shortage in (host_shortage, gpu_shortage) if row.is_cola else ():
+        if message := shortage(config, base, device):
+            raise MemoryError(message)  # on a host, the rows to come would end with this one
     batches = build_batches(row, base, problem, bench.lengths)
     devices = devices_of(row, base)
     iterations = bench.warmup + 2 * bench.iterations + 1  # as `measure` takes them

@@ -2,15 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import psutil
-import torch
-
-from cola.adapter_plan import MOMENTS, AdapterPlan, plan_adapters
+from cola.adapter_plan import MOMENTS, AdapterPlan
 from cola.config.choices import ClipMode, MergeMode, MethodName, OffloadTarget, Pristine
 from cola.config.schema import ExperimentConfig
-from cola.config.user_settings import UserSettings
 from cola.meters import count_bytes
 from cola.models import BaseModel
 from cola.offload.placing import STEPPED_TOGETHER, blocks_of, num_host_threads
@@ -18,9 +13,6 @@ from cola.offload.worker import MAX_PENDING
 from cola.sites import SiteName
 
 FLOAT32_BYTES = 4
-GIB = 2**30
-
-_CGROUP = Path("/sys/fs/cgroup")
 
 Memory = dict[str, dict[str, int]]
 """Bytes by device, `base` or `host` (where adapters are offloaded to), and by owner."""
@@ -93,59 +85,6 @@ def plan_memory(
     owner["adapters"] = plan.num_stacked * FLOAT32_BYTES
     add_training(owner, num_gradients, plan.num_moments)
     return memory
-
-
-def host_shortage(
-    config: ExperimentConfig,
-    base: BaseModel,
-    device: torch.device,
-    *,
-    users: Sequence[UserSettings] = (),
-) -> str | None:
-    """What a run needs of the host's memory and what is free, if that is less; None: it is enough.
-
-    Linux ends a process that takes more, after a while in which nothing goes on. But what is free
-    is not always told: some virtual machines get more as it is used.
-
-    Args:
-        config: of a run of gradient learning; others have nothing on the host.
-        base: still on the host, or on its device.
-        device: that.
-        users: with adapters of their own, as the data has them.
-    """
-    if config.method.name is not MethodName.cola:
-        return None
-    memory = plan_memory(config, base, plan_adapters(config, base.sites, users))
-    owners = {} if config.offload.name is OffloadTarget.gpu else memory.get("host", {})
-    needed, free = sum(owners.values()), free_host_bytes()
-    if device.type == "cpu":
-        needed += sum(memory["base"].values()) - weight_bytes(base)
-    elif next(base.module.parameters()).device.type == "cpu":
-        free += weight_bytes(base)  # about to leave
-    if needed <= free:
-        return None
-    return (
-        f"{needed / GIB:.1f} GiB of host memory for adapters, gradients, optimizer states and "
-        f"weights to merge; {free / GIB:.1f} GiB are free: use a smaller adapter, as "
-        "adapter=lowrank, fewer model.sites, or offload=gpu"
-    )
-
-
-def free_host_bytes() -> int:
-    """Memory that this process may still take, of the machine or of its container."""
-    free = int(psutil.virtual_memory().available)
-    try:
-        limit = (_CGROUP / "memory.max").read_text(encoding="ascii").strip()
-        used = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
-        lines = (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()
-    except OSError:  # no container, or an older kind
-        return free
-    if limit == "max":
-        return free
-    counts = dict(line.split() for line in lines)
-    # Files that were read count as used, and go as soon as memory is asked for.
-    files = sum(int(counts.get(name, 0)) for name in ("active_file", "inactive_file"))
-    return min(free, int(limit) - used + files)
 
 
 def base_memory(config: ExperimentConfig, weights: int, kept: int) -> Memory:

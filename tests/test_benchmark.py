@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from cola import benchmark, memory_plan
+from cola import benchmark, memory_plan, shortage
 from cola.adapter_plan import plan_adapters
 from cola.bench import limits, measure
 from cola.bench.batches import build_batches, count_tokens, row_lengths
@@ -25,6 +25,7 @@ from cola.config.schema import BenchConfig
 from cola.errors import OffloadError, SiteError
 from cola.experiment import build_problem
 from cola.models import BaseModel, build_base_model
+from cola.offload.placing import OffloadPlan
 from cola.report.bench_figure import draw_costs, plot_costs
 from cola.report.bench_table import cost_table
 from cola.tasks.encoding import IGNORED
@@ -152,7 +153,7 @@ def test_memory_that_is_gone_is_found_below_what_a_worker_raises():
 
 def test_only_rows_with_adapters_on_the_host_can_be_too_large_for_it(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(memory_plan, "free_host_bytes", lambda: 10_000)
+    monkeypatch.setattr(shortage, "free_host_bytes", lambda: 10_000)
     assert bench.run_bench([*TINY, *QUICK, "bench.rows=[floor,lora,cola-mlp-unmerged-cpu]"]) == 0
     rows = results_of(Path("outputs/bench/table10"))
     assert rows["floor"]["seconds"] > 0
@@ -167,27 +168,53 @@ def test_what_the_base_model_leaves_is_free_and_what_another_gpu_holds_does_not_
     memory = memory_plan.plan_memory(row.config, base, plan_adapters(row.config, base.sites))
     needed = sum(memory["host"].values())
     free = needed - memory_plan.weight_bytes(base)
-    monkeypatch.setattr(memory_plan, "free_host_bytes", lambda: free)
-    assert memory_plan.host_shortage(row.config, base, gpu) is None
-    monkeypatch.setattr(memory_plan, "free_host_bytes", lambda: free - 1)
-    shortage = memory_plan.host_shortage(row.config, base, gpu)
-    assert re.search(r"GiB of host memory .* use a smaller adapter, .* or offload=gpu$", shortage)
+    monkeypatch.setattr(shortage, "free_host_bytes", lambda: free)
+    assert shortage.host_shortage(row.config, base, gpu) is None
+    monkeypatch.setattr(shortage, "free_host_bytes", lambda: free - 1)
+    message = shortage.host_shortage(row.config, base, gpu)
+    assert re.search(r"GiB of host memory .* use a smaller adapter, .* or offload=gpu$", message)
     elsewhere = dataclasses.replace(row.config.offload, name=OffloadTarget.gpu)
-    monkeypatch.setattr(memory_plan, "free_host_bytes", lambda: -memory_plan.weight_bytes(base))
+    monkeypatch.setattr(shortage, "free_host_bytes", lambda: -memory_plan.weight_bytes(base))
     on_gpu = dataclasses.replace(row.config, offload=elsewhere)
-    assert memory_plan.host_shortage(on_gpu, base, gpu) is None
+    assert shortage.host_shortage(on_gpu, base, gpu) is None
+
+
+def test_a_gpu_has_to_hold_what_stays_there(monkeypatch):
+    base_gpu, *others = gpus = [torch.device("cuda", index) for index in range(3)]
+    free = dict.fromkeys(gpus, 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device], 2**40))
+    plan = OffloadPlan(devices=tuple(others))
+    monkeypatch.setattr(shortage, "resolve_offload", lambda *args, **settings: plan)
+    rows = rows_of(*TINY, *QUICK, "bench.offload=[none,cpu,gpu]")
+    for name in ("none", "gpu"):
+        row = rows[f"cola-linear-unmerged-{name}"]
+        base, _ = build(row)
+        memory = memory_plan.plan_memory(row.config, base, plan_adapters(row.config, base.sites))
+        needed = sum(memory["base"].values())  # the base model has yet to come
+        free[base_gpu] = needed
+        elsewhere = sum(memory["host"].values()) if name == "gpu" else 0
+        free[others[0]], free[others[1]] = elsewhere // 2, elsewhere - elsewhere // 2
+        assert shortage.gpu_shortage(row.config, base, base_gpu) is None
+        free[others[1]] -= 1
+        message = shortage.gpu_shortage(row.config, base, base_gpu)
+        assert (message is None) is (name == "none")
+        assert message is None or "GiB of cuda:1 and cuda:2 for adapters" in message
+        free[base_gpu] -= 1
+        message = shortage.gpu_shortage(row.config, base, base_gpu)
+        assert re.search(r"GiB of cuda:0 .* use a smaller adapter, .* or offload=cpu$", message)
+        assert shortage.gpu_shortage(row.config, base, torch.device("cpu")) is None
 
 
 def test_files_that_a_container_has_read_are_free(monkeypatch, tmp_path):
-    monkeypatch.setattr(memory_plan, "_CGROUP", tmp_path)
+    monkeypatch.setattr(shortage, "_CGROUP", tmp_path)
     available = psutil.virtual_memory()._replace(available=10**6)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: available)
-    assert memory_plan.free_host_bytes() == 10**6
+    assert shortage.free_host_bytes() == 10**6
     (tmp_path / "memory.current").write_text("5000\n")
     (tmp_path / "memory.stat").write_text("anon 1000\nactive_file 300\ninactive_file 20\n")
     for limit, free in (("max", 10**6), ("6000", 1320), ("2000000", 10**6)):
         (tmp_path / "memory.max").write_text(f"{limit}\n")
-        assert memory_plan.free_host_bytes() == free
+        assert shortage.free_host_bytes() == free
 
 
 @pytest.mark.parametrize("label", ["floor", "lora", "cola-linear-merged-cpu"])

@@ -108,10 +108,10 @@ def test_metrics_name_their_units(full):
 def test_adapters_that_the_host_cannot_hold_are_warned_of(tmp_path, monkeypatch, caplog, method,
                                                           warns):  # fmt: skip
     """What is free is not always told: the run goes on."""
-    monkeypatch.setattr("cola.memory_plan.free_host_bytes", lambda: 10_000)
+    monkeypatch.setattr("cola.shortage.free_host_bytes", lambda: 10_000)
     done = run(tmp_path, *SYNTHETIC, f"method={method}", "trainer.max_steps=1")
     assert done.summary["steps"] == 1
-    message = "this run may be ended by the system: it needs"
+    message = "this run may not fit: it needs"
     assert any(message in line and "GiB are free" in line for line in caplog.messages) == warns
 
 
