@@ -6,6 +6,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -203,6 +204,35 @@ def test_a_gpu_has_to_hold_what_stays_there(monkeypatch):
         message = shortage.gpu_shortage(row.config, base, base_gpu)
         assert re.search(r"GiB of cuda:0 .* use a smaller adapter, .* or offload=cpu$", message)
         assert shortage.gpu_shortage(row.config, base, torch.device("cpu")) is None
+
+
+def test_a_base_model_that_is_on_its_gpu_is_not_asked_for_again(monkeypatch):
+    row = rows_of(*TINY, *QUICK, "bench.offload=[none]")["cola-linear-unmerged-none"]
+    base, _ = build(row)
+    gpu = torch.device("cuda", 0)
+    memory = memory_plan.plan_memory(row.config, base, plan_adapters(row.config, base.sites))
+    weights = memory_plan.weight_bytes(base)
+    free = sum(memory["base"].values()) - weights
+    for module in (memory_plan, shortage):
+        monkeypatch.setattr(module, "weight_bytes", lambda base: weights)
+    size = next(base.module.parameters()).element_size()
+    there = SimpleNamespace(device=gpu, element_size=lambda: size)
+    moved = SimpleNamespace(
+        module=SimpleNamespace(parameters=lambda: iter([there])), sites=base.sites
+    )
+    for missing in (0, 1):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, m=missing: (free - m, 0))
+        message = shortage.gpu_shortage(row.config, moved, gpu)
+        assert (message is None) is (missing == 0)
+
+
+def test_a_row_that_a_gpu_cannot_hold_is_left_out(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(benchmark, "gpu_shortage", lambda *args: "9.0 GiB of cuda:0")
+    assert bench.run_bench([*TINY, *QUICK, "bench.rows=[lora,cola-mlp-unmerged-cpu]"]) == 0
+    rows = results_of(Path("outputs/bench/table10"))
+    assert rows["lora"]["seconds"] > 0
+    assert rows["cola-mlp-unmerged-cpu"]["does_not_fit"] == "9.0 GiB of cuda:0"
 
 
 def test_files_that_a_container_has_read_are_free(monkeypatch, tmp_path):

@@ -13,6 +13,7 @@ from cola.adaptation_data import AdaptationData
 from cola.config.choices import AdapterKind, UserLoss, UsersMode
 from cola.config.schema import OptimizerConfig
 from cola.offload import placing, user_fitter
+from cola.offload.broken_users import BrokenUsers
 from cola.offload.fit import Fit
 from cola.offload.user_fitter import UserFitter
 from cola.sites import SiteKind, SiteSpec
@@ -247,6 +248,31 @@ def test_a_gradient_that_is_not_finite_stops_its_user_at_its_site_only(clip: str
     assert list(stopped) == [1]
     assert "site 'b' is not finite (adaptation 1)" in stopped[1]
     assert not wanted._roster.has_stopped
+
+
+def test_only_sites_with_data_step() -> None:
+    fitter = fitter_of(("a", "b"))
+    before = fitter.adapters["a"].stacks[0].member_state(0)
+    fitter.accumulate([one for one in batch_of(fitter, {}) if one[0] == "b"])
+    assert fitter.step(FIT) == ["b"]
+    assert fitter.step(FIT) == []
+    torch.testing.assert_close(fitter.adapters["a"].stacks[0].member_state(0), before)
+
+
+def test_who_is_broken_is_told_once_whenever_it_was_noted() -> None:
+    """A GPU is asked after several adaptations."""
+    own = users.roster(users.settings("lowrank", "lowrank", "lowrank"))
+    broken = BrokenUsers(own)
+    broken.note(["a", "b"], 1, torch.tensor([[False, False], [True, False]]))
+    broken.note(["a", "b"], 1, torch.tensor([[False, True], [False, False]]))
+    broken.note(["a"], 0, None)
+    broken.report(5)
+    stopped = own.take_stopped()
+    assert sorted(stopped) == [1, 2]
+    assert "site 'b' is not finite (adaptation 5)" in stopped[1]
+    assert "site 'a' is not finite (adaptation 5)" in stopped[2]
+    broken.report(6)
+    assert not own.has_stopped
 
 
 @pytest.mark.parametrize("loss", list(UserLoss), ids=lambda one: one.name)

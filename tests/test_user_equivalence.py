@@ -111,10 +111,11 @@ def test_rows_averaged_by_user_equal_masked_autograd(
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("mix", ["ranks", "all"])
 @pytest.mark.parametrize("clip", ["adapter", "global"])
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_clipping_is_of_each_user(clip: str, num_workers: int) -> None:
-    check("net", "ranks", UsersMode.alone, clip=clip, num_workers=num_workers, interval=2)
+def test_clipping_is_of_each_user(clip: str, num_workers: int, mix: str) -> None:
+    check("net", mix, UsersMode.alone, clip=clip, num_workers=num_workers, interval=2)
 
 
 @pytest.mark.parametrize("gradient", list(UserGradient), ids=lambda one: one.name)

@@ -241,8 +241,9 @@ def test_state_of_a_user_who_never_stepped_resets() -> None:
 def test_moments_are_held_from_the_first_step_on(name: str, keys: list[str]) -> None:
     together = Together(CONFIGS[name], RATES)
     assert together.optimizer.state_dict()["moments"] == {}
+    together.run([Step(())])  # nobody's
     assert together.optimizer.num_bytes == 0
-    together.run([Step((1,))])
+    together.run([Step((1,))], first=1)
     moments = together.optimizer.state_dict()["moments"]
     assert all(list(own) == keys for own in moments.values())
     held = sum(stack.nbytes for stack in together.parameters.values())
