@@ -37,7 +37,11 @@ def built(name: str, **settings: Any) -> BaseModel:
     return build_base_model(config, text_problem(objective), seed=0)
 
 
-@pytest.mark.parametrize("mode", [MergeMode.unmerged, MergeMode.merged], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "mode",
+    [pytest.param(MergeMode.unmerged, marks=pytest.mark.slow), MergeMode.merged],
+    ids=lambda m: m.name,
+)
 @pytest.mark.parametrize("name", LAYERS)
 def test_replays_train_as_the_model_does(
     name: str, mode: MergeMode, monkeypatch: pytest.MonkeyPatch

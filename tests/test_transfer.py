@@ -73,7 +73,7 @@ def oracle_of(base: nn.Module, kind: AdapterKind) -> AutogradLearner:
     [
         (tiny.TinyNet, 2),
         (tiny.CheckpointedNet, 1),
-        (tiny.TinyConv, 1),
+        pytest.param(tiny.TinyConv, 1, marks=pytest.mark.slow),
         pytest.param(tiny.TinyNet, 1, marks=pytest.mark.slow),
         pytest.param(tiny.CheckpointedNet, 2, marks=pytest.mark.slow),
         pytest.param(tiny.TinyConv, 2, marks=pytest.mark.slow),

@@ -68,7 +68,8 @@ MIXES = {
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("owners", [EVEN, UNEVEN], ids=["even", "uneven"])
 @pytest.mark.parametrize(
-    ("num_workers", "interval", "long"), [(0, 1, 1 << 13), (2, 1, 1 << 13), (2, 2, 0)]
+    ("num_workers", "interval", "long"),
+    [(0, 1, 1 << 13), (2, 1, 1 << 13), pytest.param(2, 2, 0, marks=pytest.mark.slow)],
 )
 def test_users_of_blocks_equal_masked_autograd(
     monkeypatch: pytest.MonkeyPatch,

@@ -25,11 +25,12 @@ MIXES = {
 }
 LINEAR_MIXES = [mix for mix, kinds in MIXES.items() if "mlp" not in " ".join(kinds)]
 
-# Convolutions have one route, whatever the interval; most of their cells are for the slow tests.
+# Convolutions have one route, whatever the interval, and three batches are as two: slow tests.
 by_net_and_interval = pytest.mark.parametrize(
     ("net", "interval"),
     [
-        *(("net", interval) for interval in (1, 2, 3)),
+        *(("net", interval) for interval in (1, 2)),
+        pytest.param("net", 3, marks=pytest.mark.slow),
         ("conv", 2),
         *(pytest.param("conv", interval, marks=pytest.mark.slow) for interval in (1, 3)),
     ],
