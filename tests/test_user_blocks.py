@@ -340,3 +340,17 @@ def test_other_users_are_added_the_other_way(
     before = hidden.clone()
     assert added_products.add_lowrank(hidden, x, adapter, 1.0) is None
     assert torch.equal(hidden, before)
+
+
+def test_what_somebody_else_may_see_is_not_changed() -> None:
+    """Outputs that are views, which have a base, and rows or adapters of another type."""
+    adapter = tiny.filled_adapters(tiny.net(Net), AdapterKind.lowrank)["first.query"]
+    x = torch.randn(3, 4, 6, dtype=torch.float64)
+    hidden = x @ torch.randn(6, 5, dtype=torch.float64)
+    before = hidden.clone()
+    assert added_products.add_lowrank(hidden.view(3, 4, 5), x, adapter, 1.0) is None
+    assert added_products.add_lowrank(hidden, x.float(), adapter, 1.0) is None
+    assert torch.equal(hidden, before)
+    assert added_products.add_lowrank(hidden.float(), x.float(), adapter, 1.0) is None
+    assert added_products.add_lowrank(hidden, x, adapter, 1.0) is hidden
+    assert not torch.equal(hidden, before)
