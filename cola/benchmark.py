@@ -32,7 +32,7 @@ from cola.report.bench_figure import plot_costs
 from cola.report.bench_table import cost_table
 from cola.report.text import print_text
 from cola.runtime import resolve_device, seed_everything, set_matmul_precision
-from cola.shortage import gpu_shortage, host_shortage
+from cola.shortage import shortages
 
 logger = logging.getLogger(__name__)
 
@@ -108,9 +108,8 @@ def _measure(row: BenchRow, bench: BenchConfig) -> dict[str, Any]:
     problem = build_problem(config)
     base = build_base_model(config.model, problem, seed=config.seed, device=device)
     check_sites(config, base)
-    for shortage in (host_shortage, gpu_shortage) if row.is_cola else ():
-        if message := shortage(config, base, device):
-            raise MemoryError(message)  # on a host, the rows to come would end with this one
+    if row.is_cola and (lacking := shortages(config, base, device)):
+        raise MemoryError(lacking[0])  # of a host, the rows to come would end with this one
     batches = build_batches(row, base, problem, bench.lengths)
     devices = devices_of(row, base)
     iterations = bench.warmup + 2 * bench.iterations + 1  # as `measure` takes them

@@ -33,7 +33,7 @@ from cola.optimizers import LearningRateSchedule
 from cola.report.curves import plot_learning_curve
 from cola.run_report import RunParts, log_start, report_run
 from cola.runtime import resolve_device, seed_everything, set_matmul_precision, stop_request
-from cola.shortage import gpu_shortage, host_shortage
+from cola.shortage import shortages
 from cola.summary import write_summary
 from cola.task_data import Problem, TaskData
 from cola.tasks import leaves_objective_open, load_task, metric_name, resolve_problem
@@ -61,9 +61,8 @@ def run_experiment(config: ExperimentConfig, run_dir: Path) -> dict[str, Any]:
     """
     base, task = build_base_and_task(config)
     device = resolve_device(config.device)
-    for shortage in (host_shortage, gpu_shortage):
-        if message := shortage(config, base, device, users=task.user_settings):
-            logger.warning("this run may not fit: it needs %s", message)
+    for shortage in shortages(config, base, device, users=task.user_settings):
+        logger.warning("this run may not fit: it needs %s", shortage)
     is_fresh = config.resume is None
     initial = initial_adapters(config, base) if is_fresh else {}
     if is_fresh:

@@ -76,7 +76,7 @@ def linear_gradients(
 
 def inner_products(adapters: Sequence[LowRankAdapter], x: Tensor) -> list[Tensor]:
     """A x of each adapter, (R, N), for x (N, D): what its gradient needs of x and w alone."""
-    down = _joined([adapter.lora_a for adapter in adapters], dim=0).to(x.dtype)  # (sum of R, D)
+    down = joined([adapter.lora_a for adapter in adapters], dim=0).to(x.dtype)  # (sum of R, D)
     return list(torch.split_with_sizes(_few_by_long(down, x), _ranks(adapters)))
 
 
@@ -107,7 +107,7 @@ def lowrank_gradients(
         _few_by_long(adapter.lora_b.to(x.dtype).T, own)
         for own, adapter in zip(g, adapters, strict=True)
     ]
-    a = torch.split_with_sizes(_joined(back, dim=0) @ x, _ranks(adapters))
+    a = torch.split_with_sizes(joined(back, dim=0) @ x, _ranks(adapters))
     u = inner_products(adapters, x) if inner is None else inner
     # The transpose of what is wanted reads G in the order in which it lies.
     return [
@@ -175,7 +175,8 @@ def _ranks(adapters: Sequence[LowRankAdapter]) -> list[int]:
     return [len(adapter.lora_a) for adapter in adapters]
 
 
-def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """Parts as one tensor; a single one is not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
 
 

@@ -10,7 +10,7 @@ from cola.adapter_plan import plan_adapters
 from cola.config.choices import MethodName, OffloadTarget
 from cola.config.schema import ExperimentConfig
 from cola.config.user_settings import UserSettings
-from cola.memory_plan import plan_memory, weight_bytes
+from cola.memory_plan import Memory, plan_memory, weight_bytes
 from cola.models import BaseModel
 from cola.offload.placing import resolve_offload
 
@@ -19,27 +19,38 @@ GIB = 2**30
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def host_shortage(
+def shortages(
     config: ExperimentConfig,
     base: BaseModel,
     device: torch.device,
     *,
     users: Sequence[UserSettings] = (),
-) -> str | None:
-    """What a run needs of the host's memory and what is free, if that is less; None: it is enough.
+) -> list[str]:
+    """What gradient learning needs of the host's and the GPUs' memory where less is free.
 
-    Linux ends a process that takes more, after a while in which nothing goes on. But what is free
-    is not always told: some virtual machines get more as it is used.
+    Linux ends a process that takes more, after a while in which nothing goes on; a GPU refuses, but
+    only after adapters have been built on the host, which for large ones takes minutes. What a step
+    computes comes on top. And what is free is not always told: some virtual machines get more as it
+    is used.
 
     Args:
-        config: of a run of gradient learning; others have nothing on the host.
+        config: of a run; methods without gradient learning are not told about.
         base: still on the host, or on its device.
         device: that.
         users: with adapters of their own, as the data has them.
     """
     if config.method.name is not MethodName.cola:
-        return None
+        return []
     memory = plan_memory(config, base, plan_adapters(config, base.sites, users))
+    found = [_host_shortage(config, base, device, memory)]
+    if device.type == "cuda":
+        found.append(_gpu_shortage(config, base, device, memory))
+    return [shortage for shortage in found if shortage is not None]
+
+
+def _host_shortage(
+    config: ExperimentConfig, base: BaseModel, device: torch.device, memory: Memory
+) -> str | None:
     owners = {} if config.offload.name is OffloadTarget.gpu else memory.get("host", {})
     needed, free = sum(owners.values()), free_host_bytes()
     if device.type == "cpu":
@@ -55,21 +66,10 @@ def host_shortage(
     )
 
 
-def gpu_shortage(
-    config: ExperimentConfig,
-    base: BaseModel,
-    device: torch.device,
-    *,
-    users: Sequence[UserSettings] = (),
+def _gpu_shortage(
+    config: ExperimentConfig, base: BaseModel, device: torch.device, memory: Memory
 ) -> str | None:
-    """The same of GPUs, that of the base model and those where adapters are fitted.
-
-    What a step computes comes on top: None says that it may be enough. Adapters are built on the
-    host, which for large ones takes minutes, before a GPU can say that they do not fit.
-    """
-    if config.method.name is not MethodName.cola or device.type != "cuda":
-        return None
-    memory = plan_memory(config, base, plan_adapters(config, base.sites, users))
+    """Of the base model's GPU, and of those where adapters are fitted, together."""
     is_there = next(base.module.parameters()).device == device
     needed = sum(memory["base"].values()) - (weight_bytes(base) if is_there else 0)
     wanted: dict[tuple[torch.device, ...], int] = {(device,): needed}
@@ -83,7 +83,7 @@ def gpu_shortage(
             return (
                 f"{num_bytes / GIB:.1f} GiB of {names} for adapters, gradients, optimizer states "
                 f"and weights; {free / GIB:.1f} GiB are free: use a smaller adapter, as "
-                "adapter=lowrank, fewer model.sites, or offload=cpu"
+                "adapter=lowrank, fewer model.sites, or another offload"
             )
     return None
 

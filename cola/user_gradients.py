@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cola.adaptation_data import AdaptationData
 from cola.adapters import LinearAdapter, LowRankAdapter
-from cola.gradient_learning import adapter_gradients, surrogate_loss
+from cola.gradient_learning import adapter_gradients, joined, surrogate_loss
 from cola.sites import SiteKind
 from cola.user_rows import Tiles, UserRows
 from cola.user_stack import UserStack
@@ -100,10 +100,10 @@ def _lowrank_gradients(
         return _lowrank_gradients_by_user(stack, adapters, x, gradients, rows)
     # A filler row repeats a row of the same user; without a gradient it teaches nothing.
     x, g = tiles.cut(x), [tiles.cut(own, fill=0.0) for own in gradients]  # (S, c, D), (S, c, H)
-    a = _joined([tiles.pick(adapter.lora_a).to(x.dtype) for adapter in adapters], dim=1)
+    a = joined([tiles.pick(adapter.lora_a).to(x.dtype) for adapter in adapters], dim=1)
     b = [tiles.pick(adapter.lora_b).to(x.dtype) for adapter in adapters]
     inner = torch.bmm(x, a.mT)  # (S, c, M R)
-    back = _joined([torch.bmm(own, up) for own, up in zip(g, b, strict=True)], dim=2)
+    back = joined([torch.bmm(own, up) for own, up in zip(g, b, strict=True)], dim=2)
     if not stack.has_unit_alphas:
         alphas = tiles.pick(stack.alphas(x))[:, None, None]
         inner, back = inner * alphas, back * alphas
@@ -131,14 +131,14 @@ def _lowrank_gradients_by_user(
     rows: UserRows,
 ) -> list[dict[str, Tensor]]:
     """The same, user by user, where the rows lie."""
-    a = _joined([adapter.lora_a for adapter in adapters], dim=1).to(x.dtype)  # (K, M R, D)
+    a = joined([adapter.lora_a for adapter in adapters], dim=1).to(x.dtype)  # (K, M R, D)
     b = [adapter.lora_b.to(x.dtype) for adapter in adapters]  # (K, H, R)
     ranks = [adapter.lora_a.shape[1] for adapter in adapters]
     grad_a = torch.zeros(a.shape, dtype=adapters[0].lora_a.dtype, device=x.device)
     grad_b = [torch.zeros_like(adapter.lora_b) for adapter in adapters]
     for user, where in rows.slices():
         own_x, own_g = x[where], [gradient[where] for gradient in gradients]
-        back = _joined([g @ up[user] for g, up in zip(own_g, b, strict=True)], dim=1)
+        back = joined([g @ up[user] for g, up in zip(own_g, b, strict=True)], dim=1)
         grad_a[user] = back.T @ own_x
         inner = (own_x @ a[user].T).split_with_sizes(ranks, dim=1)
         for total, one, g in zip(grad_b, inner, own_g, strict=True):
@@ -210,7 +210,3 @@ def _scaled(values: Tensor, stack: UserStack, tiles: Tiles) -> Tensor:
     if stack.has_unit_alphas:
         return values
     return values * tiles.pick(stack.alphas(values))[:, None, None]
-
-
-def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)

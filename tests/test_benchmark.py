@@ -162,73 +162,74 @@ def test_only_rows_with_adapters_on_the_host_can_be_too_large_for_it(monkeypatch
     assert "GiB of host memory" in rows["cola-mlp-unmerged-cpu"]["does_not_fit"]
 
 
-def test_what_the_base_model_leaves_is_free_and_what_another_gpu_holds_does_not_count(monkeypatch):
+@pytest.fixture
+def free(monkeypatch):
+    """Bytes that are free, by device, to be changed; enough of all at first."""
+    found = dict.fromkeys(("cpu", "cuda:0", "cuda:1", "cuda:2"), 2**50)
+    monkeypatch.setattr(shortage, "free_host_bytes", lambda: found["cpu"])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (found[str(device)], 2**50))
+    others = OffloadPlan(devices=(torch.device("cuda", 1), torch.device("cuda", 2)))
+    monkeypatch.setattr(shortage, "resolve_offload", lambda *args, **settings: others)
+    return found
+
+
+GPU = torch.device("cuda", 0)
+
+
+def test_what_the_base_model_leaves_is_free_and_what_another_gpu_holds_does_not_count(free):
     row = rows_of(*TINY, *QUICK)["cola-linear-merged-cpu"]
     base, _ = build(row)
-    gpu = torch.device("cuda", 0)
     memory = memory_plan.plan_memory(row.config, base, plan_adapters(row.config, base.sites))
-    needed = sum(memory["host"].values())
-    free = needed - memory_plan.weight_bytes(base)
-    monkeypatch.setattr(shortage, "free_host_bytes", lambda: free)
-    assert shortage.host_shortage(row.config, base, gpu) is None
-    monkeypatch.setattr(shortage, "free_host_bytes", lambda: free - 1)
-    message = shortage.host_shortage(row.config, base, gpu)
+    free["cpu"] = sum(memory["host"].values()) - memory_plan.weight_bytes(base)
+    assert shortage.shortages(row.config, base, GPU) == []
+    free["cpu"] -= 1
+    (message,) = shortage.shortages(row.config, base, GPU)
     assert re.search(r"GiB of host memory .* use a smaller adapter, .* or offload=gpu$", message)
     elsewhere = dataclasses.replace(row.config.offload, name=OffloadTarget.gpu)
-    monkeypatch.setattr(shortage, "free_host_bytes", lambda: -memory_plan.weight_bytes(base))
+    free["cpu"] = -memory_plan.weight_bytes(base)
     on_gpu = dataclasses.replace(row.config, offload=elsewhere)
-    assert shortage.host_shortage(on_gpu, base, gpu) is None
+    assert shortage.shortages(on_gpu, base, GPU) == []
 
 
-def test_a_gpu_has_to_hold_what_stays_there(monkeypatch):
-    base_gpu, *others = gpus = [torch.device("cuda", index) for index in range(3)]
-    free = dict.fromkeys(gpus, 0)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device], 2**40))
-    plan = OffloadPlan(devices=tuple(others))
-    monkeypatch.setattr(shortage, "resolve_offload", lambda *args, **settings: plan)
-    rows = rows_of(*TINY, *QUICK, "bench.offload=[none,cpu,gpu]")
-    for name in ("none", "gpu"):
-        row = rows[f"cola-linear-unmerged-{name}"]
-        base, _ = build(row)
-        memory = memory_plan.plan_memory(row.config, base, plan_adapters(row.config, base.sites))
-        needed = sum(memory["base"].values())  # the base model has yet to come
-        free[base_gpu] = needed
-        elsewhere = sum(memory["host"].values()) if name == "gpu" else 0
-        free[others[0]], free[others[1]] = elsewhere // 2, elsewhere - elsewhere // 2
-        assert shortage.gpu_shortage(row.config, base, base_gpu) is None
-        free[others[1]] -= 1
-        message = shortage.gpu_shortage(row.config, base, base_gpu)
-        assert (message is None) is (name == "none")
-        assert message is None or "GiB of cuda:1 and cuda:2 for adapters" in message
-        free[base_gpu] -= 1
-        message = shortage.gpu_shortage(row.config, base, base_gpu)
-        assert re.search(r"GiB of cuda:0 .* use a smaller adapter, .* or offload=cpu$", message)
-        assert shortage.gpu_shortage(row.config, base, torch.device("cpu")) is None
+@pytest.mark.parametrize("name", ["none", "gpu"])
+def test_gpus_have_to_hold_what_stays_there(free, name):
+    row = rows_of(*TINY, *QUICK, "bench.offload=[none,gpu]")[f"cola-linear-unmerged-{name}"]
+    base, _ = build(row)  # has yet to come to its GPU
+    memory = memory_plan.plan_memory(row.config, base, plan_adapters(row.config, base.sites))
+    elsewhere = sum(memory["host"].values()) if name == "gpu" else 0
+    free["cuda:0"] = sum(memory["base"].values())
+    free["cuda:1"], free["cuda:2"] = elsewhere // 2, elsewhere - elsewhere // 2
+    assert shortage.shortages(row.config, base, GPU) == []
+    free["cuda:2"] -= 1
+    found = shortage.shortages(row.config, base, GPU)
+    assert len(found) == (name == "gpu")
+    assert all("GiB of cuda:1 and cuda:2 for adapters" in message for message in found)
+    free["cuda:0"] -= 1
+    (message,) = shortage.shortages(row.config, base, GPU)
+    assert re.search(r"GiB of cuda:0 .* use a smaller adapter, .* or another offload$", message)
+    assert shortage.shortages(row.config, base, torch.device("cpu")) == []
 
 
-def test_a_base_model_that_is_on_its_gpu_is_not_asked_for_again(monkeypatch):
+def test_a_base_model_that_is_on_its_gpu_is_not_asked_for_again(monkeypatch, free):
     row = rows_of(*TINY, *QUICK, "bench.offload=[none]")["cola-linear-unmerged-none"]
     base, _ = build(row)
-    gpu = torch.device("cuda", 0)
     memory = memory_plan.plan_memory(row.config, base, plan_adapters(row.config, base.sites))
     weights = memory_plan.weight_bytes(base)
-    free = sum(memory["base"].values()) - weights
     for module in (memory_plan, shortage):
         monkeypatch.setattr(module, "weight_bytes", lambda base: weights)
     size = next(base.module.parameters()).element_size()
-    there = SimpleNamespace(device=gpu, element_size=lambda: size)
-    moved = SimpleNamespace(
-        module=SimpleNamespace(parameters=lambda: iter([there])), sites=base.sites
-    )
-    for missing in (0, 1):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, m=missing: (free - m, 0))
-        message = shortage.gpu_shortage(row.config, moved, gpu)
-        assert (message is None) is (missing == 0)
+    there = SimpleNamespace(device=GPU, element_size=lambda: size)
+    module = SimpleNamespace(parameters=lambda: iter([there]))
+    moved = SimpleNamespace(module=module, sites=base.sites)
+    free["cuda:0"] = sum(memory["base"].values()) - weights
+    assert shortage.shortages(row.config, moved, GPU) == []
+    free["cuda:0"] -= 1
+    assert len(shortage.shortages(row.config, moved, GPU)) == 1
 
 
 def test_a_row_that_a_gpu_cannot_hold_is_left_out(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(benchmark, "gpu_shortage", lambda *args: "9.0 GiB of cuda:0")
+    monkeypatch.setattr(benchmark, "shortages", lambda *args: ["9.0 GiB of cuda:0"])
     assert bench.run_bench([*TINY, *QUICK, "bench.rows=[lora,cola-mlp-unmerged-cpu]"]) == 0
     rows = results_of(Path("outputs/bench/table10"))
     assert rows["lora"]["seconds"] > 0

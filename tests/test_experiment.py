@@ -109,12 +109,10 @@ def test_adapters_that_the_host_cannot_hold_are_warned_of(tmp_path, monkeypatch,
                                                           warns):  # fmt: skip
     """What is free is not always told: the run goes on."""
     monkeypatch.setattr("cola.shortage.free_host_bytes", lambda: 10_000)
-    monkeypatch.setattr("cola.experiment.gpu_shortage", lambda *args, users: "9 GiB of cuda:0")
     done = run(tmp_path, *SYNTHETIC, f"method={method}", "trainer.max_steps=1")
     assert done.summary["steps"] == 1
     message = "this run may not fit: it needs"
     assert any(message in line and "GiB are free" in line for line in caplog.messages) == warns
-    assert f"{message} 9 GiB of cuda:0" in caplog.messages
 
 
 def test_metrics_say_what_rounding_lost_in_bfloat16(tmp_path):
